@@ -1,0 +1,92 @@
+# Every chore of the project, one line each; `make` alone lists them. The work is in tools/ and in pyproject.toml.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+CODE := $(wildcard src tests tools examples benchmarks)
+
+# A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: help
+help: ## list the chores
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+.PHONY: setup
+setup: ## make .venv and install containerd, runc and busybox-static where root may and they are missing
+	@tools/setup.sh venv
+	@tools/setup.sh servers
+
+.PHONY: venv
+venv: ## make .venv alone
+	@tools/setup.sh venv
+
+.PHONY: demo
+demo: venv ## run a real container through libcontainerd and show what happens (as root)
+	@tools/setup.sh required
+	@$(PYTHON) examples/demo.py
+
+.PHONY: test
+test: setup ## run all tests, under 5 minutes on two cores, and say on which servers they ran
+	@$(PYTEST) --cov --cov-report=
+
+.PHONY: stress
+stress: setup ## run the tests that have counts once more with the full counts
+	@LIBCONTAINERD_STRESS=1 $(PYTEST) -m stress
+
+.PHONY: oldest
+oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic
+	@tools/setup.sh oldest
+	@if [ -x .venv-oldest/bin/python ]; then .venv-oldest/bin/python -m pytest tests/unit; fi
+
+.PHONY: check
+check: format-check lint types protos-check layers changelog docs demo test coverage ## all that CI checks, except stress and oldest
+
+.PHONY: format
+format: venv ## rewrite the code in the project's format
+	@$(PYTHON) -m ruff check --quiet --fix-only $(CODE)
+	@$(PYTHON) -m ruff format $(CODE)
+
+.PHONY: format-check
+format-check: venv ## check the format
+	@$(PYTHON) -m ruff format --check $(CODE)
+
+.PHONY: lint
+lint: venv ## check the code with ruff
+	@$(PYTHON) -m ruff check $(CODE)
+
+.PHONY: types
+types: venv ## check the types with mypy --strict
+	@$(PYTHON) -m mypy $(CODE)
+
+.PHONY: protos
+protos: venv ## generate src/libcontainerd/_wire/pb from protos/
+	@$(PYTHON) tools/gen_protos.py
+
+.PHONY: protos-check
+protos-check: venv ## check that the generated code is what protos/ gives
+	@$(PYTHON) tools/gen_protos.py --check
+
+.PHONY: layers
+layers: venv ## check that imports run down only
+	@$(PYTEST) -q tests/unit/test_layers.py
+
+.PHONY: changelog
+changelog: venv ## check that the change has a well-formed fragment in changelog.d/
+	@$(PYTHON) tools/changelog.py check
+
+.PHONY: docs
+docs: venv ## check the documents: links, Python code, the examples in docstrings
+	@$(PYTHON) tools/check_docs.py
+
+.PHONY: coverage
+coverage: venv ## report the branch coverage of the last `make test`, and fail under 95 %
+	@$(PYTHON) -m coverage report --fail-under=95
+
+.PHONY: clean
+clean: ## remove the virtual environments and what the tools left
+	rm -rf .venv .venv-oldest build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

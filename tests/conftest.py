@@ -1,0 +1,145 @@
+"""What all tests share: the servers at hand, a root filesystem, counts, leak checks, and the closing summary."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests import leaks, servers
+
+# Long enough for the full counts on two slow cores; tests that name a timeout of their own keep it.
+_STRESS_TIMEOUT = 600
+_REAL_DIRECTORIES = {"integration", "chaos"}
+_found: pytest.StashKey[servers.Servers] = pytest.StashKey()
+
+
+class Count(Protocol):
+    """Chooses between a test's two counts."""
+
+    def __call__(self, stress: int, test: int) -> int:
+        """Return `stress` under LIBCONTAINERD_STRESS=1, else `test`."""
+
+
+def _stressed() -> bool:
+    return os.environ.get("LIBCONTAINERD_STRESS") == "1"
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI") == "true"
+
+
+# ------------------------------------------------------------------------------------------------------------ hooks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Look for the servers once."""
+    config.stash[_found] = servers.find()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what follows from a test's place and fixtures, so that no author has to remember it."""
+    for item in items:
+        if _REAL_DIRECTORIES.intersection(item.path.parts):
+            item.add_marker(pytest.mark.real)
+        if "count" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.stress)
+            if _stressed() and item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_STRESS_TIMEOUT))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a real containerd where none can run."""
+    missing = item.config.stash[_found].missing
+    if missing and item.get_closest_marker("real") is not None:
+        pytest.skip(f"no real containerd: {missing}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn the skip of a real-containerd test into a failure in CI, whatever its reason."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("real") and _in_ci():
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where every real-containerd test must run: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say at the end on which servers the tests ran."""
+    terminalreporter.write_sep("=", "servers")
+    terminalreporter.write_line(config.stash[_found].describe())
+    if _stressed():
+        terminalreporter.write_line("LIBCONTAINERD_STRESS=1: with the full counts")
+
+
+# --------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def containerd_binary(pytestconfig: pytest.Config) -> Path:
+    """The containerd to start; skips where none can run, which in CI is a failure."""
+    found = pytestconfig.stash[_found]
+    if found.missing or found.containerd is None:
+        pytest.skip(f"no real containerd: {found.missing}")
+    return found.containerd.path
+
+
+@pytest.fixture(scope="session")
+def rootfs(pytestconfig: pytest.Config) -> Iterator[Path]:
+    """A root filesystem of one static busybox: every applet in /bin, and the directories that mounts go to.
+
+    All tests share it, so none may write to it. It can be entered by any user, as user namespaces need.
+    """
+    busybox = pytestconfig.stash[_found].busybox
+    if busybox is None:
+        pytest.skip(f"no root filesystem: {pytestconfig.stash[_found].missing}")
+    root = Path(tempfile.mkdtemp(prefix="libcontainerd-rootfs-"))
+    try:
+        fill_rootfs(root, busybox)
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+def fill_rootfs(root: Path, busybox: Path) -> None:
+    """Make `root` a root filesystem around a static busybox."""
+    root.chmod(0o755)
+    for name in ("bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "var"):
+        (root / name).mkdir()
+    (root / "tmp").chmod(0o1777)
+    (root / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+    )
+    (root / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+    shutil.copy(busybox, root / "bin/busybox")
+    applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, timeout=20, check=True)
+    for applet in applets.stdout.split():
+        if applet != "busybox":
+            (root / "bin" / applet).symlink_to("busybox")
+
+
+@pytest.fixture
+def count() -> Count:
+    """`count(1000, 50)` is 1,000 under LIBCONTAINERD_STRESS=1 and 50 otherwise; marks its test `stress`."""
+
+    def choose(stress: int, test: int) -> int:
+        return stress if _stressed() else test
+
+    return choose
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fail the test if it leaves descriptors or threads behind.
+
+    Fixtures named before this one may stay; `tests.leaks.no_leaks` is the same for a block.
+    """
+    with leaks.no_leaks():
+        yield

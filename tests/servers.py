@@ -1,0 +1,89 @@
+"""Which real servers the tests can run on here, and why not if they cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
+_SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+_VERSION = re.compile(r"\bv?(\d+\.\d+[\w.~+-]*)")
+_ELF64_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+_PT_INTERP = 3
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program found on this machine."""
+
+    path: Path
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.path.name} {self.version} ({self.path})"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What tests of a real containerd need; `missing` is empty when they can run."""
+
+    containerd: Program | None
+    runc: Program | None
+    busybox: Path | None
+    missing: str
+
+    def describe(self) -> str:
+        """Return the line that a test run ends with."""
+        if self.missing:
+            return f"no real containerd: {self.missing}"
+        return f"{self.containerd}, {self.runc}"
+
+
+def find() -> Servers:
+    """Look for containerd, runc and a static busybox in PATH and in the sbin directories."""
+    containerd, runc = _find_program("containerd"), _find_program("runc")
+    busybox = _which("busybox")
+    if busybox is not None and not is_static(busybox):
+        busybox = None
+    reasons = [f"needs Linux, this is {sys.platform}"] if sys.platform != "linux" else []
+    wanted = {"containerd": containerd, "runc": runc, "a static busybox": busybox}
+    lacking = [name for name, found in wanted.items() if found is None]
+    if lacking:
+        reasons.append("not found: " + ", ".join(lacking))
+    if os.geteuid() != 0:
+        reasons.append("not root")
+    return Servers(containerd, runc, busybox, "; ".join(reasons))
+
+
+def is_static(program: Path) -> bool:
+    """Say whether a 64-bit little-endian ELF program asks for no dynamic loader."""
+    with program.open("rb") as file:
+        header = file.read(_ELF64_HEADER.size)
+        if len(header) < _ELF64_HEADER.size or header[:6] != b"\x7fELF\x02\x01":
+            return False
+        fields = _ELF64_HEADER.unpack(header)
+        offset, size, count = fields[5], fields[9], fields[10]
+        file.seek(offset)
+        table = file.read(size * count)
+    kinds = [struct.unpack_from("<I", table, index * size)[0] for index in range(count)]
+    return _PT_INTERP not in kinds
+
+
+def _which(name: str) -> Path | None:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+    return Path(found) if found is not None else None
+
+
+def _find_program(name: str) -> Program | None:
+    path = _which(name)
+    if path is None:
+        return None
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    version = _VERSION.search(answer.stdout)
+    return Program(path, version.group(1) if version is not None else "of unknown version")

@@ -1,0 +1,167 @@
+"""DirectIO: the open ends of one process's FIFOs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from libcontainerd.cio.fifo import End, FifoSet, InputStream, OutputStream, unlink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
+
+class DirectIO:
+    """The open ends of one process's FIFOs, and itself an `IO` that copies nothing.
+
+    Attributes:
+        config: The FIFOs' paths.
+        stdin: Where to write what the process shall read, or None.
+        stdout: Where to read what the process writes.
+        stderr: Likewise; None with a terminal.
+    """
+
+    def __init__(
+        self,
+        config: FifoSet,
+        *,
+        on_stdin_close: Callable[[InputStream], None],
+        owner: tuple[int, int] | None = None,
+    ) -> None:
+        """Make the FIFOs that are missing and open our ends, without waiting for the other side.
+
+        Args:
+            config: The paths.
+            on_stdin_close: Called once, when the owner has closed stdin and the process is there; shall see to it that
+                `InputStream.finish` is called in the background, and CloseIO sent.
+            owner: uid and gid that new FIFOs shall belong to.
+
+        Raises:
+            OSError: a FIFO cannot be made or opened. What was made is removed, what was opened is closed.
+        """
+        self.config = config
+        self._lock = threading.Lock()  # guards _on_cancel and _cancelled; nothing is called while it is held
+        self._on_cancel: list[Callable[[], None]] = []
+        self._cancelled = False
+        with ExitStack() as undo:
+            undo.callback(unlink, config.make(owner))
+
+            def open_end(path: str, flags: int) -> End:
+                end = End(path, flags)
+                undo.callback(end.close)
+                return end
+
+            self.stdout = OutputStream(open_end(config.stdout, os.O_RDONLY))
+            self.stderr = OutputStream(open_end(config.stderr, os.O_RDONLY)) if config.stderr else None
+            self.stdin: InputStream | None = None
+            if config.stdin:
+                holder = open_end(config.stdin, os.O_RDWR)
+                self.stdin = InputStream(open_end(config.stdin, os.O_WRONLY), holder, on_stdin_close)
+            undo.pop_all()
+
+    @property
+    def outputs(self) -> tuple[OutputStream, ...]:
+        """stdout, and stderr where there is one."""
+        return (self.stdout,) if self.stderr is None else (self.stdout, self.stderr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Have something called when this IO is cancelled or closed; at once if it is."""
+        with self._lock:
+            cancelled = self._cancelled
+            if not cancelled:
+                self._on_cancel.append(callback)
+        if cancelled:
+            callback()
+
+    def cancel(self) -> None:
+        """Wake every blocked read (``b""``) and write (``ECANCELED``); idempotent."""
+        with self._lock:
+            self._cancelled = True
+            callbacks, self._on_cancel = self._on_cancel, []
+        for stream in self.outputs:
+            stream.cancel()
+        if self.stdin is not None:
+            self.stdin.cancel()
+        for callback in callbacks:
+            callback()
+
+    def wait(self) -> None:
+        """Return at once: there are no copiers to wait for."""
+
+    def close(self) -> None:
+        """Close the streams; idempotent, and safe beside blocked reads and writes.
+
+        The process's input ends as if its owner had closed stdin; reads of the outputs return ``b""``.
+        """
+        if self.stdin is not None:
+            self.stdin.close()
+        self.cancel()
+        for stream in self.outputs:
+            stream.shut()
+
+    # The library's side.
+
+    def process_is_there(self) -> None:
+        """The process can be sent its end of input."""
+        if self.stdin is not None:
+            self.stdin.process_is_there()
+
+    def process_ended(self) -> None:
+        """The process's exit is known, or it never came to be."""
+        if self.stdin is not None:
+            self.stdin.process_ended()
+        for stream in self.outputs:
+            stream.process_ended()
+
+    def abandon(self) -> None:
+        """Close every descriptor and leave the process as it is: no end of input is sent."""
+        if self.stdin is not None:
+            self.stdin.shut()
+        self.cancel()
+        for stream in self.outputs:
+            stream.shut()
+
+    def drain(self, *, limit: float, stall: float = 5.0, idle: float = 0.3) -> bool:
+        """Wait until the reader has come to the end of the outputs, as long as it goes on reading.
+
+        Args:
+            limit: Seconds after which nothing is waited for any more.
+            stall: Seconds without a byte taken after which a reader is thought to be stuck.
+            idle: Seconds after which a FIFO that is empty, but has a writer still, counts as read: the shim moves
+                what it has at once, so only a process that was left behind in the background can hold it open.
+
+        Returns:
+            Whether the reader took everything there was.
+        """
+        deadline = time.monotonic() + limit
+        pause = 0.001
+        remaining = dict.fromkeys(self.outputs, (-1, -1, 0.0))
+        while True:
+            now = time.monotonic()
+            for stream, (taken, unread, since) in list(remaining.items()):
+                pending, hung_up = stream.pending()
+                if (taken, unread) != (stream.taken, pending):
+                    remaining[stream] = stream.taken, pending, now
+                elif not pending and not hung_up and now - since >= idle:
+                    del remaining[stream]
+                    continue
+                elif now - since >= stall:
+                    return False
+                if stream.drained():
+                    del remaining[stream]
+            if not remaining:
+                return True
+            if now >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)

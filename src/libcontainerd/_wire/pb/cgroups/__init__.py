@@ -1,0 +1,1 @@
+"""What a task's metrics hold, by cgroup version."""

@@ -1,0 +1,1 @@
+"""Event messages, by what they are about."""

@@ -1,0 +1,1 @@
+"""containerd's gRPC services."""

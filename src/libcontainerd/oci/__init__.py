@@ -1,0 +1,123 @@
+"""The OCI runtime-spec 1.3.0 for Linux: models, documents, a default spec, builders, and a strict check.
+
+This is to Python what `specs-go` and containerd's `oci` package are to Go. Documents come in by `parse_spec` and its
+kin and leave by `dump`, equal to what they were; `default_spec` and the `with_...` functions make new ones; `validate`
+says where a document breaks the specification's schema.
+"""
+
+from libcontainerd.oci._base import Model
+from libcontainerd.oci._defaults import default_spec
+from libcontainerd.oci._document import (
+    dump,
+    parse_features,
+    parse_process,
+    parse_resources,
+    parse_spec,
+    parse_state,
+    to_mapping,
+)
+from libcontainerd.oci._model import Mount, Root, Spec, State
+from libcontainerd.oci._model_features import (
+    Features,
+    FeaturesCgroup,
+    FeaturesEnabled,
+    FeaturesLinux,
+    FeaturesMountExtensions,
+    FeaturesSeccomp,
+)
+from libcontainerd.oci._model_linux import (
+    Linux,
+    LinuxDevice,
+    LinuxIDMapping,
+    LinuxIntelRdt,
+    LinuxMemoryPolicy,
+    LinuxNamespace,
+    LinuxNetDevice,
+    LinuxPersonality,
+    LinuxSeccomp,
+    LinuxSeccompArg,
+    LinuxSyscall,
+    LinuxTimeOffset,
+)
+from libcontainerd.oci._model_process import (
+    Box,
+    CPUAffinity,
+    Hook,
+    Hooks,
+    LinuxCapabilities,
+    LinuxIOPriority,
+    POSIXRlimit,
+    Process,
+    Scheduler,
+    User,
+)
+from libcontainerd.oci._model_resources import (
+    LinuxBlockIO,
+    LinuxCPU,
+    LinuxDeviceCgroup,
+    LinuxHugepageLimit,
+    LinuxInterfacePriority,
+    LinuxMemory,
+    LinuxNetwork,
+    LinuxPids,
+    LinuxRdma,
+    LinuxResources,
+    LinuxThrottleDevice,
+    LinuxWeightDevice,
+)
+
+__all__ = [
+    "Box",
+    "CPUAffinity",
+    "Features",
+    "FeaturesCgroup",
+    "FeaturesEnabled",
+    "FeaturesLinux",
+    "FeaturesMountExtensions",
+    "FeaturesSeccomp",
+    "Hook",
+    "Hooks",
+    "Linux",
+    "LinuxBlockIO",
+    "LinuxCPU",
+    "LinuxCapabilities",
+    "LinuxDevice",
+    "LinuxDeviceCgroup",
+    "LinuxHugepageLimit",
+    "LinuxIDMapping",
+    "LinuxIOPriority",
+    "LinuxIntelRdt",
+    "LinuxInterfacePriority",
+    "LinuxMemory",
+    "LinuxMemoryPolicy",
+    "LinuxNamespace",
+    "LinuxNetDevice",
+    "LinuxNetwork",
+    "LinuxPersonality",
+    "LinuxPids",
+    "LinuxRdma",
+    "LinuxResources",
+    "LinuxSeccomp",
+    "LinuxSeccompArg",
+    "LinuxSyscall",
+    "LinuxThrottleDevice",
+    "LinuxTimeOffset",
+    "LinuxWeightDevice",
+    "Model",
+    "Mount",
+    "POSIXRlimit",
+    "Process",
+    "Root",
+    "Scheduler",
+    "Spec",
+    "State",
+    "User",
+    "default_spec",
+    "dump",
+    "parse_features",
+    "parse_process",
+    "parse_resources",
+    "parse_spec",
+    "parse_state",
+    "to_mapping",
+]

@@ -1,0 +1,211 @@
+"""Between documents and models: parsing, writing, and the messages for what Go's decoder would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticSerializationError
+
+from libcontainerd.errors import InvalidParameterError
+from libcontainerd.oci._base import Model, UnknownMembers, folded, join
+from libcontainerd.oci._json import loads
+from libcontainerd.oci._model import Spec, State
+from libcontainerd.oci._model_features import Features
+from libcontainerd.oci._model_process import Process
+from libcontainerd.oci._model_resources import LinuxResources
+
+_M = TypeVar("_M", bound=Model)
+
+# A document with a wrong type in every element of a long list should not give a message of a page.
+_SHOWN_PROBLEMS = 5
+
+
+def parse_spec(document: Spec | Mapping[str, object] | str | bytes) -> Spec:
+    """Read a spec as Go's decoder would, but strictly.
+
+    Args:
+        document: JSON text, a mapping with the specification's own member names, or a `Spec` (which is checked again,
+            because its lists may have been changed since). The result shares nothing with it.
+
+    Returns:
+        A new `Spec`. `dump` gives back a document equal to what was read.
+
+    Raises:
+        InvalidParameterError: naming the path and what was found there, for everything that Go's `encoding/json`
+            refuses for the types of runtime-spec 1.3.0, and beyond that: a member that occurs twice, a member whose
+            name differs from a known one in case alone (Go would take it for that one, most readers would not),
+            NaN and infinities, text that is not Unicode, more than 100 levels of nesting, a document that is not an
+            object.
+    """
+    return _parse(document, Spec, "spec")
+
+
+def parse_process(document: Process | Mapping[str, object] | str | bytes) -> Process:
+    """Read a process, such as an exec's. As `parse_spec`, with paths that begin at the process."""
+    return _parse(document, Process, "process")
+
+
+def parse_resources(document: LinuxResources | Mapping[str, object] | str | bytes) -> LinuxResources:
+    """Read resource limits. As `parse_spec`, with paths that begin at the resources."""
+    return _parse(document, LinuxResources, "resources")
+
+
+def parse_state(document: State | Mapping[str, object] | str | bytes) -> State:
+    """Read what a runtime's `state` prints, or gives a hook on its standard input. As `parse_spec`."""
+    return _parse(document, State, "state")
+
+
+def parse_features(document: Features | Mapping[str, object] | str | bytes) -> Features:
+    """Read what a runtime's `features` prints. As `parse_spec`."""
+    return _parse(document, Features, "features")
+
+
+def dump(document: Model) -> bytes:
+    """Write a model as JSON, in UTF-8: members that were never set are left out, those set to `None` are null.
+
+    Raises:
+        InvalidParameterError: if something of another type has been put into one of the model's lists or maps since
+            it was made. Widths are not checked again; `parse_spec` does.
+    """
+    try:
+        return document.model_dump_json(by_alias=True, exclude_unset=True, warnings="error").encode()
+    except (PydanticSerializationError, ValueError) as error:
+        raise InvalidParameterError(f"this {type(document).__name__} cannot be written: {error}") from error
+
+
+def to_mapping(document: Model) -> dict[str, object]:
+    """Give a model as a new plain `dict` with the specification's own member names; as `dump`, but not as text."""
+    return document.model_dump(by_alias=True, exclude_unset=True, warnings=False)
+
+
+def copy(document: _M) -> _M:
+    """Copy a model and everything in it."""
+    return document.model_copy(deep=True)
+
+
+def _parse(document: object, model: type[_M], what: str) -> _M:
+    value: object
+    if isinstance(document, str | bytes):
+        value = loads(document, what)
+    elif isinstance(document, model):
+        value = _unpacked(document, what)
+    elif isinstance(document, Mapping):
+        value = document if isinstance(document, dict) else dict(document)
+    else:
+        raise InvalidParameterError(
+            f"a {what} must be {model.__name__}, a mapping or JSON text, not {type(document).__name__}"
+        )
+    return validated(value, model, what)
+
+
+def _unpacked(document: Model, what: str) -> object:
+    try:
+        return to_mapping(document)
+    except ValueError as error:
+        raise InvalidParameterError(f"invalid {what}: {error}") from error
+
+
+def validated(value: object, model: type[_M], what: str) -> _M:
+    """Check a plain value as `model`.
+
+    Raises:
+        InvalidParameterError: as `parse_spec`; `what` begins the message.
+    """
+    unknown = UnknownMembers()
+    try:
+        parsed = model.model_validate(value, by_alias=True, by_name=False, context=unknown)
+    except ValidationError as error:
+        raise InvalidParameterError(f"invalid {what}: {problems(error)}") from error
+    if unknown.found:
+        for path, known in _lookalikes(parsed, ""):
+            raise InvalidParameterError(
+                f"invalid {what}: {path}: the member's name is {known!r}, and Go would take this for it"
+            )
+    return parsed
+
+
+def _lookalikes(model: Model, path: str) -> Iterator[tuple[str, str]]:
+    """Find unknown members that Go's decoder, which ignores case, would take for known ones."""
+    if model.model_extra:
+        known = {
+            folded(field.alias or name): field.alias or name
+            for name, field in type(model).model_fields.items()
+        }
+        for name in model.model_extra:
+            if folded(name) in known:
+                yield join(path, name), known[folded(name)]
+    for name, field in type(model).model_fields.items():
+        member = join(path, field.alias or name)
+        value = getattr(model, name)
+        if isinstance(value, Model):
+            yield from _lookalikes(value, member)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Model):
+                    yield from _lookalikes(item, f"{member}[{index}]")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, Model):
+                    yield from _lookalikes(item, join(member, key))
+
+
+def problems(error: ValidationError) -> str:
+    """Say what pydantic found, as paths and what Go's decoder would miss there."""
+    found = error.errors(include_url=False)
+    shown = [f"{_path(item['loc'], item)} {_problem(item)}".strip() for item in found[:_SHOWN_PROBLEMS]]
+    if len(found) > _SHOWN_PROBLEMS:
+        shown.append(f"and {len(found) - _SHOWN_PROBLEMS} more")
+    return "; ".join(shown)
+
+
+def _path(location: tuple[int | str, ...], error: ErrorDetails) -> str:
+    path = ""
+    for step in location:
+        path = f"{path}[{step}]" if isinstance(step, int) else join(path, step)
+    inner = str(error.get("ctx", {}).get("inner", "")) if error["type"] == "json_value" else ""
+    if inner:
+        path += inner if inner.startswith("[") else f".{inner}"
+    return path or "the document"
+
+
+_WANTED = {
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "an array",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+}
+
+
+def _problem(error: ErrorDetails) -> str:
+    kind, value = error["type"], error["input"]
+    if kind in _WANTED:
+        return f"must be {_WANTED[kind]}, not {_shown(value)}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = error["ctx"]["ge" if kind == "greater_than_equal" else "le"]
+        return (
+            f"must be at {'least' if kind == 'greater_than_equal' else 'most'} {bound}, not {_shown(value)}"
+        )
+    if kind == "string_unicode":
+        return "must be Unicode text, and holds a lone surrogate"
+    message = error["msg"]
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"the number {str(value)[:40]}"
+    if isinstance(value, str):
+        return f"the string {value[:40]!r}"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    return type(value).__name__

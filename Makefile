@@ -88,5 +88,5 @@ coverage: venv ## report the branch coverage of the last `make test`, and fail u
 
 .PHONY: clean
 clean: ## remove the virtual environments and what the tools left
-	rm -rf .venv .venv-oldest build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-protos build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,182 @@
+"""The tests' own rules: what runs where, what CI refuses to skip, and what counts as a leak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests import leaks, servers
+from tests.conftest import Count, fill_rootfs
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_pytest(directory: Path, text: str, *options: str, **environment: str) -> tuple[int, str]:
+    """Run one test file under this project's rules, on a machine where no server is found."""
+    test = directory / "test_sample.py"
+    test.write_text(text)
+    kept = {name: value for name, value in os.environ.items() if name not in {"CI", "LIBCONTAINERD_STRESS"}}
+    rules = ["-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    hide = "import tests.servers as s; s._which = lambda name: None; import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    answer = subprocess.run(
+        [sys.executable, "-c", hide, *rules, *options, str(test)],
+        cwd=ROOT,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    return answer.returncode, answer.stdout + answer.stderr
+
+
+REAL = "import pytest\n\n@pytest.mark.real\ndef test_it(containerd_binary):\n    pass\n\ndef test_other():\n    pass\n"
+
+
+def test_without_containerd_a_real_test_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    code, output = run_pytest(tmp_path, REAL)
+
+    assert code == 0, output
+    assert "1 passed, 1 skipped" in output
+    assert "no real containerd: not found: containerd, runc, a static busybox" in output
+
+
+def test_in_ci_that_skip_is_a_failure(tmp_path: Path) -> None:
+    code, output = run_pytest(tmp_path, REAL, CI="true")
+
+    assert code == 1, output
+    assert "skipped in CI, where every real-containerd test must run" in output
+
+
+def test_in_ci_other_skips_stay(tmp_path: Path) -> None:
+    code, output = run_pytest(
+        tmp_path, "import pytest\ndef test_it():\n    pytest.skip('other')\n", CI="true"
+    )
+
+    assert code == 0, output
+    assert "1 skipped" in output
+
+
+def test_a_test_among_the_integration_tests_is_a_real_one(tmp_path: Path) -> None:
+    folder = tmp_path / "integration"
+    folder.mkdir()
+
+    code, output = run_pytest(folder, "def test_it():\n    pass\n")
+
+    assert code == 0, output
+    assert "1 skipped" in output
+
+
+@pytest.mark.parametrize(("environment", "seen"), [({}, 5), ({"LIBCONTAINERD_STRESS": "1"}, 1000)])
+def test_counts_follow_the_environment(tmp_path: Path, environment: dict[str, str], seen: int) -> None:
+    text = f"def test_it(count):\n    assert count(1000, 5) == {seen}\n\ndef test_plain():\n    pass\n"
+
+    code, output = run_pytest(tmp_path, text, "-m", "stress", **environment)
+
+    assert code == 0, output
+    assert "1 passed, 1 deselected" in output
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import threading; t = threading.Thread(target=int, args=('x',)); t.start(); t.join()",
+        "import warnings; warnings.warn('old', DeprecationWarning)",
+        "class A:\n        def __del__(self): raise ValueError\n    A()",
+    ],
+    ids=["in a thread", "as a warning", "in a finalizer"],
+)
+def test_what_would_pass_unseen_fails_a_test(tmp_path: Path, body: str) -> None:
+    code, output = run_pytest(tmp_path, f"def test_it():\n    {body}\n")
+
+    assert code == 1, output
+    assert "1 failed" in output
+
+
+def test_a_test_that_hangs_is_failed_with_every_thread_shown(tmp_path: Path) -> None:
+    text = "import threading, time\ndef test_it():\n"
+    text += (
+        "    threading.Thread(target=time.sleep, args=(3,), name='the-other').start()\n    time.sleep(30)\n"
+    )
+
+    code, output = run_pytest(tmp_path, text, "--timeout=0.5")
+
+    assert code == 1, output
+    assert "Timeout" in output
+    assert "the-other" in output
+
+
+def test_a_descriptor_left_open_is_a_leak(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"descriptor of .*/left"), leaks.no_leaks(within=0.05):
+        left = (tmp_path / "left").open("wb")
+    left.close()
+
+
+def test_a_thread_left_running_is_a_leak() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait, name="left-running")
+
+    with pytest.raises(AssertionError, match="thread left-running"), leaks.no_leaks(within=0.05):
+        thread.start()
+    stop.set()
+    thread.join()
+
+
+def test_what_is_gone_before_the_deadline_is_no_leak() -> None:
+    stop = threading.Event()
+    read, write = os.pipe()
+
+    def close_later() -> None:
+        stop.wait()
+        os.close(extra)
+
+    with leaks.no_leaks():
+        extra = os.dup(read)
+        thread = threading.Thread(target=close_later)
+        thread.start()
+        threading.Timer(0.1, stop.set).start()
+    thread.join()
+    os.close(read)
+    os.close(write)
+
+
+def test_many_event_loops_are_a_leak_and_a_few_are_grpcs() -> None:
+    few = [os.eventfd(0) for _ in range(3)]
+    with leaks.no_leaks(within=0.05):
+        few += [os.eventfd(0) for _ in range(3)]
+    with pytest.raises(AssertionError, match="event loops"), leaks.no_leaks(within=0.05):
+        few += [os.eventfd(0) for _ in range(30)]
+    for descriptor in few:
+        os.close(descriptor)
+
+
+def test_python_here_is_dynamic_and_a_text_is_no_program(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("no program")
+
+    assert not servers.is_static(Path("/bin/sh"))
+    assert not servers.is_static(text)
+
+
+def test_a_root_filesystem_has_every_applet(tmp_path: Path) -> None:
+    busybox = tmp_path / "its-busybox"
+    busybox.write_text("#!/bin/sh\nprintf 'sh\\nstty\\nbusybox\\n'\n")
+    busybox.chmod(0o755)
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+
+    fill_rootfs(root, busybox)
+
+    assert sorted(path.name for path in (root / "bin").iterdir()) == ["busybox", "sh", "stty"]
+    assert (root / "bin/sh").readlink() == Path("busybox")
+    assert root.stat().st_mode & 0o777 == 0o755
+    assert {"dev", "etc", "proc", "sys", "tmp"} <= {path.name for path in root.iterdir()}
+
+
+def test_count_is_a_choice(count: Count) -> None:
+    assert count(7, 7) == 7

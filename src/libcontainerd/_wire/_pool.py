@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, FileDescriptor
     from google.protobuf.message import Message
 
-_pool = DescriptorPool()
+_descriptors = DescriptorPool()
 _message_class: "Callable[[Descriptor], type[Message]]"
 if hasattr(message_factory, "GetMessageClass"):
     _message_class = message_factory.GetMessageClass
 else:  # protobuf 4.21 has only the factory object, and one of them must make all classes
-    _message_class = message_factory.MessageFactory(_pool).GetPrototype  # type: ignore[attr-defined]
+    _message_class = message_factory.MessageFactory(_descriptors).GetPrototype  # type: ignore[attr-defined]
 
 
 class File:
@@ -68,8 +68,8 @@ def add(module: str, name: str, serialized: bytes) -> File:
         name: The file's path under ``protos``.
         serialized: Its FileDescriptorProto.
     """
-    _pool.AddSerializedFile(serialized)
-    return File(_pool.FindFileByName(name), module)
+    _descriptors.AddSerializedFile(serialized)
+    return File(_descriptors.FindFileByName(name), module)
 
 
 def add_installed(module: str, generated: "ModuleType") -> File:

@@ -122,7 +122,7 @@ def _wanted() -> tuple[str, ...]:
 
 def _run_in_tools_venv(arguments: list[str]) -> int:
     """Runs this script again under the pinned tools, which it installs first where they are missing."""
-    python = TOOLS_VENV / "bin/python"
+    python = str(TOOLS_VENV / "bin/python")
     stamp = TOOLS_VENV / "installed"
     contents = "\n".join((sys.version, *_wanted()))
     if not stamp.exists() or stamp.read_text() != contents:
@@ -217,8 +217,7 @@ def _literal(data: bytes) -> Iterator[str]:
 def _module_source(file: "FileDescriptorProto", names: _Names) -> str:
     lines = [f'"""{file.package}, from {file.name}. {NOTICE}"""', "", "from libcontainerd._wire import _pool"]
     lines += [*_imports(file), "", "_file = _pool.add(", "    __name__,", f"    {_quoted(file.name)},"]
-    lines += [*_literal(file.SerializeToString(deterministic=True)), ")"]
-    lines[-2] += ","
+    lines += ["\n".join(_literal(file.SerializeToString(deterministic=True))) + ",", ")"]
     lines += [f"{enum.name} = _file.enum({_quoted(enum.name)})" for enum in file.enum_type]
     lines += [f"{message.name} = _file.message({_quoted(message.name)})" for message in file.message_type]
     for service in file.service:

@@ -37,7 +37,7 @@ class DirectIO:
         Args:
             config: The paths.
             on_stdin_close: Called once, when the owner has closed stdin and the process is there; shall see to it that
-                `InputStream.finish` is called in the background, and CloseIO sent.
+                `InputStream.end_input` is called in the background, and CloseIO sent.
             owner: uid and gid that new FIFOs shall belong to.
 
         Raises:
@@ -122,6 +122,11 @@ class DirectIO:
             self.stdin.process_ended()
         for stream in self.outputs:
             stream.process_ended()
+
+    def finish(self) -> bool:
+        """The process is gone and its output taken: close what no owner may be about to use; say whether that is all."""
+        closed = [stream.finish() for stream in self.outputs]
+        return (self.stdin is None or self.stdin.finish()) and all(closed)
 
     def abandon(self) -> None:
         """Close every descriptor and leave the process as it is: no end of input is sent."""

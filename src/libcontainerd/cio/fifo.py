@@ -243,6 +243,8 @@ class OutputStream(io.RawIOBase):
         super().__init__()
         self._end = end
         self._adopted = False
+        self._exposed = False
+        self._end_seen = False
         self.taken = 0
         self.in_hand = 0
         self.cancelled = False
@@ -262,6 +264,7 @@ class OutputStream(io.RawIOBase):
         Raises:
             ValueError: the stream is closed.
         """
+        self._exposed = True
         return self._end.fileno()
 
     def use(self) -> AbstractContextManager[int]:
@@ -292,6 +295,7 @@ class OutputStream(io.RawIOBase):
             finally:
                 self._end.release()
             self.taken += count
+            self._end_seen = self._end_seen or not count
             return count
         if self.closed:
             raise ValueError(f"I/O operation on closed FIFO {self.path}")
@@ -347,6 +351,13 @@ class OutputStream(io.RawIOBase):
         self.cancelled = True
         self._end.close()
 
+    def finish(self) -> bool:
+        """Close the descriptor unless its owner has its number and may be about to use it; say whether it is closed."""
+        if self._exposed and not self._end_seen and not self._end.closed:
+            return False
+        self.shut()
+        return True
+
     def pending(self) -> tuple[int, bool]:
         """Bytes that nobody has taken or that a copier holds, and whether all writers are gone."""
         try:
@@ -395,6 +406,7 @@ class InputStream(io.RawIOBase):
         self._finishing = False
         self._shut = threading.Event()
         self._cancelled = False
+        self._exposed = False
 
     @property
     def path(self) -> str:
@@ -413,6 +425,7 @@ class InputStream(io.RawIOBase):
         """
         if self.closed:
             raise ValueError(f"I/O operation on closed FIFO {self.path}")
+        self._exposed = True
         return self._end.fileno()
 
     def use(self) -> AbstractContextManager[int]:
@@ -485,7 +498,7 @@ class InputStream(io.RawIOBase):
         elif finish:
             self._on_close(self)
 
-    def finish(self) -> None:
+    def end_input(self) -> None:
         """Close the FIFO in such a way that what was written and the end both reach the process.
 
         Blocks until the shim's reader has come, for ten seconds at most. The end of input needs a CloseIO as well,
@@ -504,6 +517,13 @@ class InputStream(io.RawIOBase):
                 return not self._end.poll(0) & select.POLLERR
         except ValueError:
             return True
+
+    def finish(self) -> bool:
+        """Close the descriptors unless the owner may be about to use one; say whether they are closed."""
+        if self._exposed and not self.closed:
+            return False
+        self.shut()
+        return True
 
     def cancel(self) -> None:
         """Give the stream up: blocked writes raise at once."""

@@ -1,0 +1,169 @@
+"""Bundle directories: what this library keeps on disk per container, which is its FIFOs.
+
+Their owner is the user that is root inside the container, so that a runtime in a user namespace can reach them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from libcontainerd.errors import (
+    InvalidParameterError,
+    LibcontainerdError,
+    PermissionDeniedError,
+    SystemFailureError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUNDLE_LABEL: Final = "libcontainerd/bundle.path"
+"""The container's label that holds its bundle's path, so that a later client finds it."""
+
+_LABEL_BYTES: Final = 4096  # containerd's limit for a label's key and value together
+
+_ATTEMPTS: Final = 10
+
+_log = structlog.get_logger("libcontainerd")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A container's bundle directory.
+
+    Attributes:
+        path: Where it is.
+        owner: uid and gid on the host of the container's root.
+        made: The directories that `prepare` had to make for it, outermost first.
+    """
+
+    path: str
+    owner: tuple[int, int]
+    made: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def prepare(cls, state_dir: str, container_id: str, owner: tuple[int, int]) -> Bundle:
+        """Make the bundle directory of a container.
+
+        For root it is ``state_dir/container_id``, mode 0755. For a mapped root each component of that path that is
+        missing, or that others may not enter, is taken with the suffix ``.uid.gid``, mode 0700, its own: so its
+        processes can get there without the state directory being opened to everyone.
+
+        Raises:
+            InvalidParameterError: the path is longer than a label holds.
+            PermissionDeniedError: this user may not make it.
+            SystemFailureError: the file system refuses otherwise. Nothing that was made stays.
+        """
+        full = os.path.join(state_dir, container_id)
+        with _translated(f"make the bundle of container {container_id!r}"):
+            for _ in range(_ATTEMPTS):
+                made: list[str] = []
+                try:
+                    path = _make_mapped(full, owner, made) if owner != (0, 0) else _make_plain(full, made)
+                    if len(BUNDLE_LABEL) + len(os.fsencode(path)) > _LABEL_BYTES:
+                        raise InvalidParameterError(
+                            f"the bundle of container {container_id!r} would have a path of {len(path)} characters,"
+                            " more than containerd keeps in a label: choose a shorter state_dir"
+                        )
+                except FileNotFoundError:
+                    _remove_empty(made)  # another container's removal took an empty parent away: once more
+                except BaseException:
+                    _remove_empty(made)
+                    raise
+                else:
+                    return cls(path, owner, tuple(made))
+            raise FileNotFoundError(f"{full}: its parents keep disappearing")
+
+    def undo(self) -> None:
+        """Take back what `prepare` made, and nothing that was there before."""
+        _remove_empty(self.made)
+
+    def remove(self) -> None:
+        """Remove the directory with all that is in it; what cannot be removed is logged and left.
+
+        With ``LIBCONTAINERD_NOCLEAN=1`` in the environment everything stays, for a look at it.
+        """
+        if os.environ.get("LIBCONTAINERD_NOCLEAN") == "1":
+            return
+        try:
+            shutil.rmtree(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.error("bundle_not_removed", bundle=self.path, error=str(error))
+        # Directories of the mapped root's own, shared with other containers of the same mapping.
+        suffix = "" if self.owner == (0, 0) else _suffix(self.owner)
+        parent = os.path.dirname(self.path)
+        while suffix and parent.endswith(suffix):
+            try:
+                os.rmdir(parent)
+            except OSError:
+                return
+            parent = os.path.dirname(parent)
+
+
+def _make_plain(path: str, made: list[str]) -> str:
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    full = missing[0] if missing else path
+    for directory in reversed(missing):
+        _make_directory(directory, 0o755, made)
+    return full
+
+
+def _make_mapped(full: str, owner: tuple[int, int], made: list[str]) -> str:
+    path = "/"
+    for component in full.split("/")[1:]:
+        path = os.path.join(path, component)
+        try:
+            enterable = os.stat(path).st_mode & 0o001
+        except FileNotFoundError:
+            enterable = 0
+        if not enterable:
+            path += _suffix(owner)
+            if _make_directory(path, 0o700, made):
+                os.chown(path, *owner)
+    return path
+
+
+def _make_directory(path: str, mode: int, made: list[str]) -> bool:
+    with suppress(FileExistsError):
+        os.mkdir(path, mode)
+        made.append(path)
+        os.chmod(path, mode)  # whatever the umask says
+        return True
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is there and is not a directory")
+    return False
+
+
+def _suffix(owner: tuple[int, int]) -> str:
+    return f".{owner[0]}.{owner[1]}"
+
+
+def _remove_empty(directories: tuple[str, ...] | list[str]) -> None:
+    for directory in reversed(directories):
+        with suppress(OSError):
+            os.rmdir(directory)
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except LibcontainerdError:
+        raise
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"cannot {doing}: {error} (run as root, or choose another state_dir)"
+        ) from error
+    except OSError as error:
+        raise SystemFailureError(f"cannot {doing}: {error}") from error

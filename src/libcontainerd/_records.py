@@ -1,0 +1,463 @@
+"""What a client knows of its containers: the records, the one transition table, and the map.
+
+A record changes only under its own lock, and nothing that can wait is called under it. The order of locks is: the
+map's, then a record's, then nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from libcontainerd.errors import ConflictError, FailedPreconditionError, InvalidParameterError, NotFoundError
+from libcontainerd.types import INIT_PROCESS_NAME, EventInfo, EventType, ExitStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from libcontainerd._bundle import Bundle
+    from libcontainerd._wire.pb.runc.options_pb2 import Options
+    from libcontainerd.cio.attached import Attached
+
+_EXITS_PER_CONTAINER: Final = 1024
+_CONTAINERS_REMEMBERED: Final = 1024
+
+
+class State(Enum):
+    """The states of a process, init or exec."""
+
+    RESERVED = "its id is taken; containerd may not know it yet"
+    CREATED = "containerd knows it; it does not run"
+    RUNNING = "it runs"
+    PAUSED = "it is frozen"
+    EXITED = "its exit is known"
+    GONE = "containerd no longer knows it, or never did"
+
+
+class Step(Enum):
+    """What moves a process from state to state."""
+
+    CREATE = "containerd made it"
+    START = "it was started"
+    PAUSE = "it was frozen"
+    RESUME = "it was thawed"
+    EXIT = "it ended"
+    REMOVE = "it was deleted, or its start failed"
+
+
+# Every move that there is. An answer and the event about the same thing come in either order: so a step that was
+# already taken leaves the state as it is, and an exit may be known before the answer of Start.
+TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
+    (State.RESERVED, Step.CREATE): State.CREATED,
+    (State.RESERVED, Step.START): State.RUNNING,
+    (State.RESERVED, Step.EXIT): State.EXITED,
+    (State.RESERVED, Step.REMOVE): State.GONE,
+    (State.CREATED, Step.CREATE): State.CREATED,
+    (State.CREATED, Step.START): State.RUNNING,
+    (State.CREATED, Step.EXIT): State.EXITED,
+    (State.CREATED, Step.REMOVE): State.GONE,
+    (State.RUNNING, Step.CREATE): State.RUNNING,
+    (State.RUNNING, Step.START): State.RUNNING,
+    (State.RUNNING, Step.PAUSE): State.PAUSED,
+    (State.RUNNING, Step.RESUME): State.RUNNING,
+    (State.RUNNING, Step.EXIT): State.EXITED,
+    (State.RUNNING, Step.REMOVE): State.GONE,
+    (State.PAUSED, Step.PAUSE): State.PAUSED,
+    (State.PAUSED, Step.RESUME): State.RUNNING,
+    (State.PAUSED, Step.EXIT): State.EXITED,
+    (State.PAUSED, Step.REMOVE): State.GONE,
+    (State.EXITED, Step.CREATE): State.EXITED,
+    (State.EXITED, Step.START): State.EXITED,
+    (State.EXITED, Step.EXIT): State.EXITED,
+    (State.EXITED, Step.REMOVE): State.GONE,
+}
+
+_STEP_OF_EVENT: Final[Mapping[EventType, Step]] = {
+    EventType.START: Step.START,
+    EventType.EXEC_STARTED: Step.START,
+    EventType.PAUSED: Step.PAUSE,
+    EventType.RESUMED: Step.RESUME,
+}
+
+
+class Process:
+    """One run of a process: the init of one task, or one exec. The container's lock guards it.
+
+    Attributes:
+        id: ``"init"`` or the exec's id.
+        pid: In the host's pid namespace; 0 until it is known.
+        exit: How it ended, once that is known.
+        reported: Its exit has been handed to the backend's queue.
+        deleting: A thread is deleting it in containerd.
+        oom_killed: The out-of-memory killer was seen in this run (of an init).
+        attached: Its IO.
+    """
+
+    __slots__ = ("attached", "deleting", "exit", "id", "oom_killed", "pid", "reported", "state")
+
+    def __init__(self, process_id: str) -> None:
+        self.id = process_id
+        self.state = State.RESERVED
+        self.pid = 0
+        self.exit: ExitStatus | None = None
+        self.reported = False
+        self.deleting = False
+        self.oom_killed = False
+        self.attached: Attached | None = None
+
+    def advance(self, step: Step) -> bool:
+        """Take a step; False when the table has no such move from here."""
+        state = TRANSITIONS.get((self.state, step))
+        if state is None:
+            return False
+        self.state = state
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SpecFacts:
+    """What this library needs to remember of a container's spec and runtime."""
+
+    terminal: bool
+    owner: tuple[int, int]
+    options: Options | None
+
+
+class Container:
+    """The record of one container.
+
+    Attributes:
+        id: Its id.
+        changed: The record's lock, and the condition that its waiters wait for: notified at every change.
+    """
+
+    __slots__ = ("_deleting", "_exits", "_runs", "bundle", "changed", "execs", "facts", "id", "ready", "task")
+
+    def __init__(self, container_id: str, predecessor: Container | None = None) -> None:
+        self.id = container_id
+        # Guards every member below and every Process in them. Second in the order, after the map's lock; a waiter may
+        # hold it only while it waits on the condition.
+        self.changed = threading.Condition(threading.Lock())
+        self.ready = False
+        self.bundle: Bundle | None = None
+        self.facts = SpecFacts(terminal=False, owner=(0, 0), options=None)
+        self.task: Process | None = None
+        self.execs: dict[str, Process] = {}
+        self._deleting = False
+        self._exits: OrderedDict[str, ExitStatus] = OrderedDict()
+        # An exit of an earlier container of the same id may come late, or twice: it must not become this one's.
+        self._runs: OrderedDict[tuple[str, int], None] = OrderedDict()
+        if predecessor is not None:
+            self._runs.update(predecessor._runs)  # noqa: SLF001 - its own class's
+
+    def publish(self, bundle: Bundle, facts: SpecFacts) -> None:
+        """The container is in containerd: from now on the verbs may find it."""
+        with self.changed:
+            self.bundle, self.facts, self.ready = bundle, facts, True
+
+    # Looking up.
+
+    def require_task(self) -> Process:
+        """The init process.
+
+        Raises:
+            NotFoundError: the container has no task.
+        """
+        with self.changed:
+            return self._require_task()
+
+    def _require_task(self) -> Process:
+        if self.task is None or self.task.state is State.RESERVED:
+            raise NotFoundError(f"container {self.id!r}: container is not running")
+        return self.task
+
+    def require_process(self, process_id: str) -> Process:
+        """Init or an exec.
+
+        Raises:
+            NotFoundError: the container has no task, or no such exec.
+        """
+        with self.changed:
+            task = self._require_task()
+            if process_id == INIT_PROCESS_NAME:
+                return task
+            process = self.execs.get(process_id)
+            if process is None:
+                raise NotFoundError(f"container {self.id!r}: no such exec {process_id!r}")
+            return process
+
+    def last_exit(self, process_id: str) -> ExitStatus | None:
+        """How the last process of that name ended, if it is remembered."""
+        with self.changed:
+            return self._exits.get(process_id)
+
+    # Reserving: each taken under the lock before any RPC or path, and given back by `forget`.
+
+    def reserve_task(self) -> Process:
+        """Take the container's one task.
+
+        Raises:
+            ConflictError: the container is started already, or being deleted.
+        """
+        with self.changed:
+            if self._deleting:
+                raise ConflictError(f"container {self.id!r} is being deleted")
+            if self.task is not None:
+                raise ConflictError(f"container {self.id!r}: container already started")
+            self.task = Process(INIT_PROCESS_NAME)
+            return self.task
+
+    def reserve_exec(self, process_id: str) -> Process:
+        """Take an exec's id.
+
+        Raises:
+            InvalidParameterError: the container is not running.
+            ConflictError: the id is taken.
+        """
+        with self.changed:
+            task = self.task
+            if task is None or task.deleting or task.state in (State.RESERVED, State.EXITED, State.GONE):
+                raise InvalidParameterError(
+                    f"cannot exec {process_id!r} in container {self.id!r}: container is not running"
+                )
+            if process_id in self.execs:
+                raise ConflictError(f"container {self.id!r}: exec id {process_id!r} already in use")
+            process = self.execs[process_id] = Process(process_id)
+            return process
+
+    def reserve_deletion(self) -> None:
+        """Take the container's end.
+
+        Raises:
+            FailedPreconditionError: its task exists.
+            ConflictError: another call is deleting it.
+        """
+        with self.changed:
+            if self._deleting:
+                raise ConflictError(f"container {self.id!r} is being deleted by another call")
+            if self.task is not None:
+                raise FailedPreconditionError(
+                    f"cannot delete container {self.id!r}: its task still exists; stop it and call delete_task first"
+                )
+            self._deleting = True
+
+    def release_deletion(self) -> None:
+        """The deletion failed: the container stays."""
+        with self.changed:
+            self._deleting = False
+
+    def claim_removal(self, process: Process, timeout: float) -> bool:
+        """Become the one thread that deletes this process in containerd; False once another has done so.
+
+        Waits for another thread that is at it, and takes over where that one failed. Gives up, with False, when the
+        time is up.
+        """
+        with self.changed:
+            free = self.changed.wait_for(lambda: process.state is State.GONE or not process.deleting, timeout)
+            if not free or process.state is State.GONE:
+                return False
+            process.deleting = True
+            return True
+
+    def release_removal(self, process: Process) -> None:
+        """The deletion in containerd failed: the process stays."""
+        with self.changed:
+            process.deleting = False
+            self.changed.notify_all()
+
+    def forget(self, process: Process) -> None:
+        """The process is gone: drop its record, and remember its exit if it had one."""
+        with self.changed:
+            process.advance(Step.REMOVE)
+            if process is self.task:
+                self.task = None
+            elif self.execs.get(process.id) is process:
+                del self.execs[process.id]
+            self.changed.notify_all()
+
+    # Progress.
+
+    def advance(self, process: Process, step: Step, pid: int = 0) -> None:
+        """Note that a verb succeeded."""
+        with self.changed:
+            process.pid = pid or process.pid
+            process.advance(step)
+            self.changed.notify_all()
+
+    def note_exit(self, process: Process, status: ExitStatus) -> None:
+        """Note an exit that a call has brought to light, before or instead of its event."""
+        with self.changed:
+            self._latch(process, status)
+
+    def _latch(self, process: Process, status: ExitStatus) -> None:
+        if process.exit is None:
+            process.exit = status
+            _remember(self._exits, process.id, status, _EXITS_PER_CONTAINER)
+        process.advance(Step.EXIT)
+        self.changed.notify_all()
+
+    def claim_report(self, process: Process) -> EventInfo | None:
+        """The exit event to deliver, for whoever asks first; None for everybody else."""
+        with self.changed:
+            return self._claim_report(process)
+
+    def _claim_report(self, process: Process) -> EventInfo | None:
+        if process.reported or process.exit is None:
+            return None
+        process.reported = True
+        _remember(self._runs, (process.id, process.pid), None, _EXITS_PER_CONTAINER)
+        self.changed.notify_all()
+        return EventInfo(
+            container_id=self.id,
+            process_id=self.id if process.id == INIT_PROCESS_NAME else process.id,
+            pid=process.pid,
+            exit_code=process.exit.code,
+            exited_at=process.exit.exited_at,
+            oom_killed=self._oom_killed(),
+        )
+
+    def _oom_killed(self) -> bool:
+        return self.task is not None and self.task.oom_killed
+
+    def wait_exit(self, process: Process, timeout: float | None) -> ExitStatus | None:
+        """Wait until the exit of a process is known; None when the time is up."""
+        with self.changed:
+            self.changed.wait_for(lambda: process.exit is not None or process.state is State.GONE, timeout)
+            return process.exit
+
+    def wait_reported(self, process: Process, timeout: float) -> bool:
+        """Wait until the exit's event has come in and been queued; False when the time is up."""
+        with self.changed:
+            return self.changed.wait_for(lambda: process.reported, timeout)
+
+    # Events.
+
+    def apply(self, event: EventType, info: EventInfo) -> EventInfo | None:
+        """Take over what an event says.
+
+        Returns:
+            The event as the backend shall see it; None for an exit that was delivered already.
+        """
+        with self.changed:
+            process = self._process_of(info.process_id)
+            if event is EventType.EXIT:
+                return self._apply_exit(process, info)
+            if event is EventType.OOM and self.task is not None:
+                self.task.oom_killed = True
+            elif process is not None and (step := _STEP_OF_EVENT.get(event)) is not None:
+                process.pid = process.pid or info.pid
+                process.advance(step)
+                self.changed.notify_all()
+            return replace(info, oom_killed=True) if self._oom_killed() else info
+
+    def _apply_exit(self, process: Process | None, info: EventInfo) -> EventInfo | None:
+        name = INIT_PROCESS_NAME if info.process_id == self.id else info.process_id
+        if (name, info.pid) in self._runs:
+            return None
+        if process is not None and process.pid in (0, info.pid):
+            process.pid = info.pid
+            self._latch(process, ExitStatus(info.exit_code, info.exited_at or datetime.now(UTC)))
+            return self._claim_report(process)
+        # A process that somebody else started in our container: told once, like our own.
+        _remember(self._runs, (name, info.pid), None, _EXITS_PER_CONTAINER)
+        return replace(info, oom_killed=self._oom_killed())
+
+    def process_of(self, process_id: str) -> Process | None:
+        """The process that an event names: init by the container's id, an exec by its own."""
+        with self.changed:
+            return self._process_of(process_id)
+
+    def _process_of(self, process_id: str) -> Process | None:
+        return self.task if process_id in ("", self.id) else self.execs.get(process_id)
+
+    def running_execs(self) -> list[Process]:
+        """The execs whose exits are not known."""
+        with self.changed:
+            return [process for process in self.execs.values() if process.exit is None]
+
+    def attached(self) -> list[Attached]:
+        """The IO of every process that has any."""
+        with self.changed:
+            processes = [*self.execs.values()] if self.task is None else [self.task, *self.execs.values()]
+            return [process.attached for process in processes if process.attached is not None]
+
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def _remember(memory: OrderedDict[_Key, _Value], key: _Key, value: _Value, limit: int) -> None:
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > limit:
+        memory.popitem(last=False)
+
+
+class ContainerMap:
+    """The containers that a client looks after, by id, and a bounded memory of those it has deleted."""
+
+    def __init__(self) -> None:
+        self._lock = (
+            threading.Lock()
+        )  # guards both dicts; first in the order, and no record's lock is taken under it
+        self._containers: dict[str, Container] = {}
+        self._deleted: OrderedDict[str, Container] = OrderedDict()
+
+    def reserve(self, container_id: str) -> Container:
+        """Take an id.
+
+        Raises:
+            ConflictError: it is taken.
+        """
+        with self._lock:
+            if container_id in self._containers:
+                raise ConflictError(f"cannot create container {container_id!r}: id already in use")
+            container = Container(container_id, self._deleted.get(container_id))
+            self._containers[container_id] = container
+            return container
+
+    def release(self, container: Container) -> None:
+        """The creation failed: the id is free again."""
+        with self._lock:
+            del self._containers[container.id]
+
+    def publish(self, container: Container) -> None:
+        """The creation succeeded: what is remembered of an earlier container of that id no longer answers."""
+        with self._lock:
+            self._deleted.pop(container.id, None)
+
+    def remove(self, container: Container) -> None:
+        """The container was deleted: free the id, and remember how its processes ended."""
+        with self._lock:
+            del self._containers[container.id]
+            _remember(self._deleted, container.id, container, _CONTAINERS_REMEMBERED)
+
+    def find(self, container_id: str) -> Container | None:
+        """The record of that id, whatever its state."""
+        with self._lock:
+            return self._containers.get(container_id)
+
+    def get(self, container_id: str) -> Container:
+        """The record of a container that was created.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        container = self.find(container_id)
+        if container is None or not container.ready:
+            raise NotFoundError(f"container {container_id!r}: no such container")
+        return container
+
+    def deleted(self, container_id: str) -> Container | None:
+        """What is remembered of a container that was deleted."""
+        with self._lock:
+            return self._deleted.get(container_id)
+
+    def all(self) -> list[Container]:
+        """Every record there is now."""
+        with self._lock:
+            return list(self._containers.values())

@@ -1,0 +1,229 @@
+"""One channel to one containerd, and the calls that go down it.
+
+Everything that every call needs is here: the namespace header, a deadline, and the one place where a gRPC error
+becomes one of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket
+import threading
+import time
+from typing import Final, TypeVar
+
+import grpc
+from grpc.experimental import ChannelOptions
+
+from libcontainerd._wire.pb.services.containers_pb2 import ContainersStub
+from libcontainerd._wire.pb.services.events_pb2 import EventsStub
+from libcontainerd._wire.pb.services.tasks_pb2 import TasksStub
+from libcontainerd._wire.pb.services.version_pb2 import VersionStub
+from libcontainerd.errors import (
+    CallCancelledError,
+    DeadlineExceededError,
+    InvalidParameterError,
+    LibcontainerdError,
+    PermissionDeniedError,
+    UnavailableError,
+    translate,
+)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+NAMESPACE_HEADER: Final = "containerd-namespace"
+Metadata = tuple[tuple[str, str], ...]
+
+_MESSAGE_BYTES: Final = 16 << 20  # containerd's own limit, both ways
+_SUN_PATH_BYTES: Final = 107
+
+_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Channels to one address would otherwise share a connection, and one's back-off would be the other's.
+    ("grpc.use_local_subchannel_pool", 1),
+    # The reader of a stream then reads it itself, instead of being handed each message by a second thread.
+    (ChannelOptions.SingleThreadedUnaryStream, 1),
+)
+# A unix socket's path makes no authority that an HTTP/2 server accepts, and a proxy has no business with it. Keepalive
+# pings stay off on every channel: containerd allows one in five minutes, and closes the connection of who sends more.
+_UNIX_OPTIONS: Final = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
+
+
+class Deadline:
+    """A point in time that several calls share; immutable."""
+
+    __slots__ = ("_end",)
+
+    def __init__(self, seconds: float) -> None:
+        """Set it so many seconds from now; infinity is never.
+
+        Raises:
+            InvalidParameterError: the number is not positive.
+        """
+        if not seconds > 0:
+            raise InvalidParameterError(f"a timeout is a positive number of seconds, not {seconds!r}")
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left: 0 once it has passed, infinity where there is none."""
+        return max(0.0, self._end - time.monotonic())
+
+    def grpc_timeout(self) -> float | None:
+        """What grpcio's ``timeout`` wants."""
+        remaining = self.remaining()
+        return None if math.isinf(remaining) else remaining
+
+
+class Address:
+    """Where a containerd listens: a unix socket's path, or a host and port with TLS.
+
+    Attributes:
+        path: The unix socket's absolute path; empty for TCP.
+        target: grpcio's name for it.
+    """
+
+    __slots__ = ("path", "target")
+
+    def __init__(self, address: str | os.PathLike[str], *, with_credentials: bool) -> None:
+        """Read an address: a path, ``unix:///path``, or ``tcp://host:port`` with credentials.
+
+        Raises:
+            InvalidParameterError: it is none of these, or too long for a socket.
+        """
+        text = os.fspath(address)
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            scheme, rest = "unix", text
+        self.path = ""
+        if scheme == "unix":
+            if not rest.startswith("/") or "\0" in rest:
+                raise InvalidParameterError(f"address {text!r}: a socket's path must be absolute")
+            if len(os.fsencode(rest)) > _SUN_PATH_BYTES:
+                raise InvalidParameterError(
+                    f"address {text!r}: the kernel takes {_SUN_PATH_BYTES} bytes for a socket"
+                )
+            if with_credentials:
+                raise InvalidParameterError(f"address {text!r}: credentials are for tcp:// addresses")
+            self.path = rest
+            self.target = f"unix:{rest}"
+        elif scheme == "tcp":
+            host, _, port = rest.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+                raise InvalidParameterError(f"address {text!r}: want tcp://host:port")
+            if not with_credentials:
+                raise InvalidParameterError(
+                    f"address {text!r}: whoever reaches containerd is root; pass credentials="
+                    "grpc.ssl_channel_credentials(...)"
+                )
+            self.target = f"dns:///{rest}"
+        else:
+            raise InvalidParameterError(f"address {text!r}: want a path, unix:///path or tcp://host:port")
+
+    def __str__(self) -> str:
+        return self.path or self.target
+
+    def check(self) -> None:
+        """See whether anything listens there, so that the reason can be told why not.
+
+        Raises:
+            UnavailableError: no socket, or nobody behind it.
+            PermissionDeniedError: this user may not connect.
+        """
+        if not self.path:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.settimeout(5)
+            try:
+                probe.connect(self.path)
+            except PermissionError as error:
+                raise PermissionDeniedError(
+                    f"cannot connect to containerd at {self.path}: permission denied (run as root, or give this user"
+                    " access to the socket)"
+                ) from error
+            except OSError as error:
+                reason = {
+                    errno.ENOENT: "there is no such file; is containerd running, and is this its socket?",
+                    errno.ECONNREFUSED: "nothing listens there; is containerd running?",
+                    errno.ENOTSOCK: "it is not a socket",
+                }.get(error.errno or 0, str(error))
+                raise UnavailableError(f"cannot connect to containerd at {self.path}: {reason}") from error
+
+
+def open_channel(address: Address, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """Open a channel with this library's options; it connects by itself, and again after a break."""
+    if credentials is None:
+        return grpc.insecure_channel(address.target, options=(*_OPTIONS, *_UNIX_OPTIONS))
+    return grpc.secure_channel(address.target, credentials, options=_OPTIONS)
+
+
+class Connection:
+    """One channel, its stubs, and the two ways to call: `call` and `subscribe`.
+
+    Safe to use from any thread. The channel outlives restarts of containerd and reconnects by itself.
+    """
+
+    def __init__(
+        self, address: Address, *, namespace: str, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self.address = address
+        self.namespace = namespace
+        self.metadata: Metadata = ((NAMESPACE_HEADER, namespace),)
+        self._channel = open_channel(address, credentials)
+        self.containers = ContainersStub(self._channel)
+        self.tasks = TasksStub(self._channel)
+        self.events = EventsStub(self._channel)
+        self.versions = VersionStub(self._channel)
+        self._lock = threading.Lock()  # guards _closed; innermost, nothing is called while it is held
+        self._closed = False
+
+    def call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        *,
+        doing: str,
+        deadline: Deadline,
+    ) -> _Response:
+        """Call a unary method and wait for its answer.
+
+        Args:
+            method: A stub's method.
+            request: Its request.
+            doing: What is being done to what, for the error's message: ``"pause container 'web'"``.
+            deadline: When to give up.
+
+        Raises:
+            LibcontainerdError: by the answer's status code; `CallCancelledError` when the connection was closed.
+        """
+        timeout = deadline.grpc_timeout()
+        if timeout is not None and timeout <= 0:
+            raise DeadlineExceededError(f"cannot {doing}: the deadline has passed")
+        try:
+            return method(request, timeout=timeout, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self.error(error, doing) from error
+        except ValueError as error:  # what grpcio raises on a closed channel
+            if not self._closed:
+                raise
+            raise CallCancelledError(f"cannot {doing}: the client is closed") from error
+
+    def error(self, error: grpc.RpcError, doing: str) -> LibcontainerdError:
+        """Our error for one of gRPC's; a call that we cut off ourselves says so."""
+        if self._closed:
+            return CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
+        return translate(error, doing)
+
+    def close(self) -> None:
+        """Cancel every call under way and close the channel; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._channel.close()

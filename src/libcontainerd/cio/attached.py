@@ -1,0 +1,150 @@
+"""One process's IO, from its attachment before the process exists to its end after the process was deleted."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from libcontainerd.cio import IO, AttachStdio, Destination
+from libcontainerd.cio.direct import DirectIO
+from libcontainerd.cio.fifo import FifoSet
+from libcontainerd.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from libcontainerd.cio.fifo import InputStream
+
+_WAIT_SECONDS: Final = 10.0
+"""How long a user's ``IO.wait`` is waited for once the process's output has been taken to its end."""
+
+_log = structlog.get_logger("libcontainerd")
+
+
+class Attached:
+    """What a process's stdio is connected to, and the paths that containerd is told.
+
+    Attributes:
+        stdin: The path or empty, for containerd's request; likewise `stdout` and `stderr`.
+        direct: Our ends of the FIFOs; None for a destination that needs none.
+    """
+
+    __slots__ = ("_fifos", "_io", "direct", "stderr", "stdin", "stdout")
+
+    def __init__(self, attach_stdio: Destination | FifoSet) -> None:
+        self.stdin = "" if isinstance(attach_stdio, Destination) else attach_stdio.stdin
+        self.stdout, self.stderr = attach_stdio.stdout, attach_stdio.stderr
+        self._fifos = None if isinstance(attach_stdio, Destination) else attach_stdio
+        self._io: IO | None = None
+        self.direct: DirectIO | None = None
+
+    @classmethod
+    def attach(
+        cls,
+        attach_stdio: AttachStdio,
+        fifos: FifoSet,
+        *,
+        owner: tuple[int, int],
+        on_stdin_close: Callable[[InputStream], None],
+    ) -> Attached:
+        """Connect a process that does not exist yet.
+
+        Args:
+            attach_stdio: The user's callback, or a ready-made destination.
+            fifos: The paths to use, where FIFOs are needed.
+            owner: uid and gid that new FIFOs belong to.
+            on_stdin_close: As `DirectIO` wants it.
+
+        Raises:
+            InvalidParameterError: the destination cannot do what was asked, or the callback returned no IO.
+            OSError: a FIFO cannot be made or opened.
+            Exception: what the callback raised. Nothing is left open or behind in any of these cases.
+        """
+        if isinstance(attach_stdio, Destination):
+            attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
+            return cls(attach_stdio)
+        attached = cls(fifos)
+        attached.direct = DirectIO(fifos, owner=owner, on_stdin_close=on_stdin_close)
+        try:
+            io = attach_stdio(attached.direct)
+            if not isinstance(io, IO):
+                raise InvalidParameterError(
+                    f"attach_stdio returned {type(io).__name__}: it must return an IO (cancel, wait, close), such as"
+                    " the DirectIO it was given"
+                )
+            attached._io = io
+        except BaseException:
+            attached.discard()
+            raise
+        return attached
+
+    def process_is_there(self) -> None:
+        """The process can be sent its end of input."""
+        if self.direct is not None:
+            self.direct.process_is_there()
+
+    def process_ended(self) -> None:
+        """The process's exit is known."""
+        if self.direct is not None:
+            self.direct.process_ended()
+
+    def discard(self) -> None:
+        """The process never came to be: cancel and close everything, and remove the FIFOs."""
+        if self.direct is None:
+            return
+        self.direct.process_ended()
+        self._quietly("cancel")
+        self._quietly("close")
+        self.direct.close()
+        self.unlink()
+
+    def finish(self) -> bool:
+        """The process is gone from containerd: close what has come to its end, and remove the FIFOs.
+
+        Returns:
+            False when something is left for its owner: an output that still holds bytes or whose descriptor the owner
+            may be about to use.
+        """
+        if self.direct is None:
+            return True
+        self.unlink()
+        if not self.direct.drain(limit=_WAIT_SECONDS):
+            return False
+        if self._io is self.direct:
+            return self.direct.finish()
+        self._quietly("cancel")
+        waiter = threading.Thread(
+            target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
+        )
+        waiter.start()
+        waiter.join(_WAIT_SECONDS)
+        if waiter.is_alive():
+            _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
+        self._quietly("close")
+        return self.direct.finish()
+
+    def abandon(self) -> None:
+        """The client goes away and the process stays: close our ends, send no end of input, keep the FIFOs."""
+        if self.direct is None:
+            return
+        self.direct.abandon()
+        self._quietly("cancel")
+        self._quietly("close")
+
+    def unlink(self) -> None:
+        """Remove the FIFOs; the ends that are open live on."""
+        if self._fifos is not None:
+            with suppress(OSError):
+                self._fifos.unlink()
+
+    def _quietly(self, step: str) -> None:
+        """Call the user's IO; what it raises is its own affair, said in the log."""
+        if self._io is None:
+            return
+        try:
+            getattr(self._io, step)()
+        except Exception as error:
+            _log.warning("io_failed", step=step, fifo=self.stdout, error=repr(error))

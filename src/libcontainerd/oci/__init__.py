@@ -6,6 +6,40 @@ says where a document breaks the specification's schema.
 """
 
 from libcontainerd.oci._base import Model
+from libcontainerd.oci._build import SpecOption, build
+from libcontainerd.oci._build_linux import (
+    with_annotations,
+    with_cgroup_path,
+    with_cpu_limit,
+    with_cpu_shares,
+    with_cpuset,
+    with_devices,
+    with_memory_limit,
+    with_namespace,
+    with_network_namespace,
+    with_pids_limit,
+    with_seccomp,
+    with_sysctl,
+    with_user_namespace,
+    without_namespace,
+)
+from libcontainerd.oci._build_process import (
+    exec_process,
+    with_args,
+    with_bind,
+    with_capabilities,
+    with_cwd,
+    with_env,
+    with_hostname,
+    with_mounts,
+    with_no_new_privileges,
+    with_rlimit,
+    with_rootfs,
+    with_terminal,
+    with_user,
+    without_env,
+    without_mounts,
+)
 from libcontainerd.oci._defaults import default_spec
 from libcontainerd.oci._document import (
     dump,
@@ -16,6 +50,8 @@ from libcontainerd.oci._document import (
     parse_state,
     to_mapping,
 )
+from libcontainerd.oci._findings import Finding, validate
+from libcontainerd.oci._image import process_from_image, with_image_config
 from libcontainerd.oci._model import Mount, Root, Spec, State
 from libcontainerd.oci._model_features import (
     Features,
@@ -65,6 +101,7 @@ from libcontainerd.oci._model_resources import (
     LinuxThrottleDevice,
     LinuxWeightDevice,
 )
+from libcontainerd.oci._seccomp import default_seccomp_profile
 
 __all__ = [
     "Box",
@@ -75,6 +112,7 @@ __all__ = [
     "FeaturesLinux",
     "FeaturesMountExtensions",
     "FeaturesSeccomp",
+    "Finding",
     "Hook",
     "Hooks",
     "Linux",
@@ -110,14 +148,49 @@ __all__ = [
     "Root",
     "Scheduler",
     "Spec",
+    "SpecOption",
     "State",
     "User",
+    "build",
+    "default_seccomp_profile",
     "default_spec",
     "dump",
+    "exec_process",
     "parse_features",
     "parse_process",
     "parse_resources",
     "parse_spec",
     "parse_state",
+    "process_from_image",
     "to_mapping",
+    "validate",
+    "with_annotations",
+    "with_args",
+    "with_bind",
+    "with_capabilities",
+    "with_cgroup_path",
+    "with_cpu_limit",
+    "with_cpu_shares",
+    "with_cpuset",
+    "with_cwd",
+    "with_devices",
+    "with_env",
+    "with_hostname",
+    "with_image_config",
+    "with_memory_limit",
+    "with_mounts",
+    "with_namespace",
+    "with_network_namespace",
+    "with_no_new_privileges",
+    "with_pids_limit",
+    "with_rlimit",
+    "with_rootfs",
+    "with_seccomp",
+    "with_sysctl",
+    "with_terminal",
+    "with_user",
+    "with_user_namespace",
+    "without_env",
+    "without_mounts",
+    "without_namespace",
 ]

@@ -1,8 +1,7 @@
 """What every runtime-spec model shares: strictness, member names, integer widths and schema rules."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias, TypeVar
 
@@ -66,7 +65,7 @@ class Rule:
     minimum: int | None = None
     maximum: int | None = None
     min_items: int = 0
-    each: Rule | None = None
+    each: "Rule | None" = None
 
 
 REQUIRED = Rule(required=True)
@@ -125,7 +124,7 @@ def copy_json(value: object, path: str = "", depth: int = 1) -> object:
             raise _refuse(path, f"must be a finite number, not {value}")
         return value
     if isinstance(value, str):
-        if not _is_text(value):
+        if not is_text(value):
             raise _refuse(path, "must be Unicode text, and holds a lone surrogate")
         return value
     if depth > MAX_DEPTH:
@@ -135,14 +134,15 @@ def copy_json(value: object, path: str = "", depth: int = 1) -> object:
     if isinstance(value, dict):
         copied: JSONObject = {}
         for key, item in value.items():
-            if not isinstance(key, str) or not _is_text(key):
+            if not isinstance(key, str) or not is_text(key):
                 raise _refuse(path, f"has a member name that is not Unicode text: {key!r}")
             copied[key] = copy_json(item, join(path, key), depth + 1)
         return copied
     raise _refuse(path, f"must be a JSON value, not {type(value).__name__}")
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Say whether a string can be written as UTF-8: it cannot with a lone surrogate in it."""
     if value.isascii():
         return True
     try:
@@ -159,6 +159,14 @@ def join(path: str, member: str) -> str:
     return f"{path}.{member}" if path else member
 
 
+def path_of(steps: Iterable[int | str], start: str = "") -> str:
+    """Write the steps to a value as one path: `mounts[3].options[0]`."""
+    path = start
+    for step in steps:
+        path = f"{path}[{step}]" if isinstance(step, int) else join(path, step)
+    return path
+
+
 def _unknown_member(value: object, info: core_schema.ValidationInfo) -> object:
     context: object = info.context
     if isinstance(context, UnknownMembers):
@@ -166,12 +174,14 @@ def _unknown_member(value: object, info: core_schema.ValidationInfo) -> object:
     return copy_json(value)
 
 
-class _JSONMember:
+class JSONMember:
+    """Marks a member that may hold any JSON."""
+
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(_unknown_member)
 
 
-AnyJSON = Annotated[object, _JSONMember()]
+AnyJSON = Annotated[object, JSONMember()]
 
 
 def _object_only(value: object) -> object:
@@ -213,4 +223,12 @@ class Model(BaseModel):
         defer_build=True,
     )
 
+    # Evaluated here and now (no postponed annotations in this module): pydantic before 2.12 looks for the names of a
+    # postponed one in the module of the subclass.
     __pydantic_extra__: dict[str, AnyJSON]
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
+        """Show only what is set: unset members are most of them."""
+        for name, value in super().__repr_args__():
+            if name in self.model_fields_set:
+                yield name, value

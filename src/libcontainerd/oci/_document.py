@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from libcontainerd.errors import InvalidParameterError
-from libcontainerd.oci._base import Model, UnknownMembers, folded, join
-from libcontainerd.oci._json import loads
-from libcontainerd.oci._model import Spec, State
+from libcontainerd.oci._base import Model, UnknownMembers, folded, is_text, join, path_of
+from libcontainerd.oci._json import UnreadableError, loads, plain
+from libcontainerd.oci._model import PLATFORMS, Spec, State
 from libcontainerd.oci._model_features import Features
 from libcontainerd.oci._model_process import Process
 from libcontainerd.oci._model_resources import LinuxResources
@@ -20,6 +20,7 @@ _M = TypeVar("_M", bound=Model)
 
 # A document with a wrong type in every element of a long list should not give a message of a page.
 _SHOWN_PROBLEMS = 5
+_SHOWN_STEPS = 16
 
 
 def parse_spec(document: Spec | Mapping[str, object] | str | bytes) -> Spec:
@@ -39,27 +40,27 @@ def parse_spec(document: Spec | Mapping[str, object] | str | bytes) -> Spec:
             NaN and infinities, text that is not Unicode, more than 100 levels of nesting, a document that is not an
             object.
     """
-    return _parse(document, Spec, "spec")
+    return parse(document, Spec, "spec")
 
 
 def parse_process(document: Process | Mapping[str, object] | str | bytes) -> Process:
     """Read a process, such as an exec's. As `parse_spec`, with paths that begin at the process."""
-    return _parse(document, Process, "process")
+    return parse(document, Process, "process")
 
 
 def parse_resources(document: LinuxResources | Mapping[str, object] | str | bytes) -> LinuxResources:
     """Read resource limits. As `parse_spec`, with paths that begin at the resources."""
-    return _parse(document, LinuxResources, "resources")
+    return parse(document, LinuxResources, "resources")
 
 
 def parse_state(document: State | Mapping[str, object] | str | bytes) -> State:
     """Read what a runtime's `state` prints, or gives a hook on its standard input. As `parse_spec`."""
-    return _parse(document, State, "state")
+    return parse(document, State, "state")
 
 
 def parse_features(document: Features | Mapping[str, object] | str | bytes) -> Features:
     """Read what a runtime's `features` prints. As `parse_spec`."""
-    return _parse(document, Features, "features")
+    return parse(document, Features, "features")
 
 
 def dump(document: Model) -> bytes:
@@ -76,23 +77,36 @@ def dump(document: Model) -> bytes:
 
 
 def to_mapping(document: Model) -> dict[str, object]:
-    """Give a model as a new plain `dict` with the specification's own member names; as `dump`, but not as text."""
-    return document.model_dump(by_alias=True, exclude_unset=True, warnings=False)
+    """Give a model as a new plain `dict` with the specification's own member names; as `dump`, but not as text.
+
+    Raises:
+        InvalidParameterError: if an unknown member has been made to contain itself.
+    """
+    try:
+        return document.model_dump(by_alias=True, exclude_unset=True, warnings=False)
+    except ValueError as error:
+        raise InvalidParameterError(f"this {type(document).__name__} cannot be written: {error}") from error
 
 
-def copy(document: _M) -> _M:
-    """Copy a model and everything in it."""
-    return document.model_copy(deep=True)
+def parse(document: object, model: type[_M], what: str) -> _M:
+    """Read a document, in whatever form it comes, as `model`.
 
-
-def _parse(document: object, model: type[_M], what: str) -> _M:
-    value: object
+    Raises:
+        InvalidParameterError: as `parse_spec`; `what` is in the message.
+    """
     if isinstance(document, str | bytes):
         value = loads(document, what)
+        # Only an escape can put a lone surrogate into text that was decoded.
+        if (
+            (b"\\u" in document)
+            if isinstance(document, bytes)
+            else ("\\u" in document or not is_text(document))
+        ):
+            value = _plain(value, what)
     elif isinstance(document, model):
-        value = _unpacked(document, what)
+        value = _plain(to_mapping(document), what)
     elif isinstance(document, Mapping):
-        value = document if isinstance(document, dict) else dict(document)
+        value = _plain(document, what)
     else:
         raise InvalidParameterError(
             f"a {what} must be {model.__name__}, a mapping or JSON text, not {type(document).__name__}"
@@ -100,11 +114,13 @@ def _parse(document: object, model: type[_M], what: str) -> _M:
     return validated(value, model, what)
 
 
-def _unpacked(document: Model, what: str) -> object:
+def _plain(document: object, what: str) -> object:
     try:
-        return to_mapping(document)
-    except ValueError as error:
-        raise InvalidParameterError(f"invalid {what}: {error}") from error
+        return plain(document)
+    except UnreadableError as error:
+        # A cycle's path would fill the screen; its beginning says where it is.
+        path = path_of(list(reversed(error.steps))[:_SHOWN_STEPS]) or "the document"
+        raise InvalidParameterError(f"invalid {what}: {path} {error.problem}") from None
 
 
 def validated(value: object, model: type[_M], what: str) -> _M:
@@ -118,12 +134,28 @@ def validated(value: object, model: type[_M], what: str) -> _M:
         parsed = model.model_validate(value, by_alias=True, by_name=False, context=unknown)
     except ValidationError as error:
         raise InvalidParameterError(f"invalid {what}: {problems(error)}") from error
+    if isinstance(parsed, Spec) and not parsed.model_fields_set.isdisjoint(PLATFORMS):
+        _check_platforms(parsed, what)
     if unknown.found:
         for path, known in _lookalikes(parsed, ""):
             raise InvalidParameterError(
                 f"invalid {what}: {path}: the member's name is {known!r}, and Go would take this for it"
             )
     return parsed
+
+
+def _check_platforms(spec: Spec, what: str) -> None:
+    # Some forty models that Linux never needs: building them would cost every start of a program.
+    from libcontainerd.oci._platforms import SECTIONS  # noqa: PLC0415
+
+    for name, model in SECTIONS.items():
+        section: object = getattr(spec, name)
+        if section is None:
+            continue
+        try:
+            model.model_validate(section, by_alias=True, by_name=False)
+        except ValidationError as error:
+            raise InvalidParameterError(f"invalid {what}: {problems(error, name)}") from error
 
 
 def _lookalikes(model: Model, path: str) -> Iterator[tuple[str, str]]:
@@ -151,20 +183,19 @@ def _lookalikes(model: Model, path: str) -> Iterator[tuple[str, str]]:
                     yield from _lookalikes(item, join(member, key))
 
 
-def problems(error: ValidationError) -> str:
-    """Say what pydantic found, as paths and what Go's decoder would miss there."""
+def problems(error: ValidationError, section: str = "") -> str:
+    """Say what pydantic found, as paths (under `section`) and what Go's decoder would miss there."""
     found = error.errors(include_url=False)
-    shown = [f"{_path(item['loc'], item)} {_problem(item)}".strip() for item in found[:_SHOWN_PROBLEMS]]
+    shown = [f"{_path(item, section)} {_problem(item)}" for item in found[:_SHOWN_PROBLEMS]]
     if len(found) > _SHOWN_PROBLEMS:
         shown.append(f"and {len(found) - _SHOWN_PROBLEMS} more")
     return "; ".join(shown)
 
 
-def _path(location: tuple[int | str, ...], error: ErrorDetails) -> str:
-    path = ""
-    for step in location:
-        path = f"{path}[{step}]" if isinstance(step, int) else join(path, step)
-    inner = str(error.get("ctx", {}).get("inner", "")) if error["type"] == "json_value" else ""
+def _path(error: ErrorDetails, section: str) -> str:
+    # pydantic marks an error in a map's key, rather than its value, by this step; Go has no such errors, Python has.
+    path = path_of((step for step in error["loc"] if step != "[key]"), section)
+    inner = str(error["ctx"]["inner"]) if error["type"] == "json_value" else ""
     if inner:
         path += inner if inner.startswith("[") else f".{inner}"
     return path or "the document"

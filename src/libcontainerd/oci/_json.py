@@ -1,13 +1,14 @@
-"""Reading JSON text that others wrote, without the leniencies of the standard library."""
+"""Reading what others wrote, as JSON text or as Python values, without the leniencies of the standard library."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import NoReturn
 
 from libcontainerd.errors import InvalidParameterError
-from libcontainerd.oci._base import MAX_DEPTH, join
+from libcontainerd.oci._base import MAX_DEPTH, Model, is_text, join
 
 
 class _Repeated:
@@ -86,3 +87,69 @@ def _find(document: object) -> str:
             pending.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
     # A member that repeats itself inside a member that is itself repeated is overwritten with it; only then is none left.
     return "a member"
+
+
+class UnreadableError(Exception):
+    """A value that cannot become JSON; the steps to it are collected on the way out, innermost first."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.steps: list[int | str] = []
+
+
+def plain(value: object, depth: int = 0) -> object:
+    """Copy mappings and models of any kind as `dict`, and lists as `list`; leave the rest for the models to judge.
+
+    Raises:
+        UnreadableError: for a string that is not Unicode text, and for nesting that no document has, such as a cycle.
+    """
+    # The common types first: every spec that comes as a mapping passes here, and abstract classes are slow to ask.
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict) or isinstance(value, list):  # noqa: SIM101 (twice as fast as a union)
+        return _copied(value, depth)
+    if isinstance(value, int) or value is None:
+        return value
+    if isinstance(value, Model):
+        return _copied(_members(value), depth)
+    if isinstance(value, Mapping):
+        return _copied(value, depth)
+    return value
+
+
+def _text(value: object) -> object:
+    if isinstance(value, str) and not is_text(value):
+        raise UnreadableError("must be Unicode text, and holds a lone surrogate")
+    return value
+
+
+def _copied(value: list[object] | Mapping[str, object], depth: int) -> object:
+    if depth > 2 * MAX_DEPTH:
+        raise UnreadableError(f"is nested deeper than {MAX_DEPTH} levels")
+    step: object = 0
+    try:
+        if isinstance(value, list):
+            items: list[object] = []
+            for step, item in enumerate(value):  # noqa: B007 (for the path of an error)
+                items.append(plain(item, depth + 1))
+            return items
+        members: dict[object, object] = {}
+        for step, item in value.items():
+            members[_text(step)] = plain(item, depth + 1)
+    except UnreadableError as error:
+        error.steps.append(step if isinstance(step, int) else _printable(step))
+        raise
+    return members
+
+
+def _printable(key: object) -> str:
+    return key if isinstance(key, str) and is_text(key) else ascii(key)
+
+
+def _members(model: Model) -> dict[str, object]:
+    fields = type(model).model_fields
+    members = {
+        fields[name].alias or name: getattr(model, name) for name in model.model_fields_set if name in fields
+    }
+    return members | (model.model_extra or {})

@@ -8,6 +8,9 @@ from libcontainerd.oci._base import REQUIRED, AnyObject, Array, Int64, Map, Mode
 from libcontainerd.oci._model_linux import Linux, LinuxIDMapping
 from libcontainerd.oci._model_process import Hooks, Process
 
+# Sections that a spec keeps as plain objects.
+PLATFORMS = frozenset(("solaris", "windows", "vm", "zos", "freebsd"))
+
 
 class Root(Model):
     """The root filesystem: a directory on the host, relative to the bundle unless absolute."""

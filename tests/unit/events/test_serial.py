@@ -819,19 +819,28 @@ class Struck:
         return self is other
 
 
-def test_a_finalizer_may_append_in_the_midst_of_an_append() -> None:
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_finalizer_may_append_in_the_midst_of_an_append(moment: int) -> None:
+    """It strikes before the key's lane is looked up, or while it is made; and it appends to the very key."""
+    hashed = 0
     ran: list[str] = []
+    done = threading.Event()
     with queue() as q:
-        done = threading.Event()
 
         def strike() -> None:
-            if q._section.inside and not ran:
-                ran.append("struck")
-                assert q.append("late", done.set)
+            nonlocal hashed
+            hashed += 1
+            if hashed == moment:
+                assert q._section.inside
+                assert q.append(key, lambda: ran.append("late"))
+                assert q.append("another", done.set)
 
-        q.append(Struck(strike), nothing)
-        assert ran == ["struck"]
+        key = Struck(strike)
+        q.append(key, lambda: ran.append("first"))
+        assert hashed >= moment
         assert done.wait(SOON)
+        assert q.close(SOON) == 0
+    assert ran == ["first", "late"]
 
 
 def test_a_finalizer_may_append_in_the_midst_of_a_workers_step() -> None:

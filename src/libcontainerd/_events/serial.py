@@ -154,7 +154,7 @@ class Worker:
         self.resting = False
         """Has begun its second of idleness."""
         self.wake = threading.Lock()
-        """Held except for the moment in which the worker is told to look up from its wait."""
+        """Released to make the worker look up from its wait, or from the next one: one look too many does no harm."""
         self.wake.acquire()
         self.thread: threading.Thread | None = None
 
@@ -248,7 +248,6 @@ class Crew:
             return self._rest(me, closed=closed)
         # It is free and up, so it watches better than one that is in a long look at workers that are gone.
         if self.watch is not None:
-            self.watch.looking = self.watch.resting = False
             self.idle[self.watch] = None
         me.looking = False
         self.watch = me
@@ -264,7 +263,6 @@ class Crew:
     def _rest(self, me: Worker, *, closed: bool) -> Step:
         if closed:
             return self._leave(me)
-        me.looking = False
         me.resting = True
         self.idle[me] = None
         return IDLE
@@ -450,7 +448,7 @@ class SerialQueue:
                 if step is Move.TAKE:
                     lane = self._lanes.take()
                     self._keep_watch()
-                self._conclude(me, step)
+                self._conclude(step)
             if self._unstarted:
                 self._start_workers()
             if lane is not None:
@@ -472,7 +470,7 @@ class SerialQueue:
                     following = lanes.take()
                     if following is None:
                         step = self._crew.finish(me, closed=self._closed)
-                        self._conclude(me, step)
+                        self._conclude(step)
                     else:
                         lane = following
                         item = lanes.next_item(lane)
@@ -485,15 +483,12 @@ class SerialQueue:
                     item()
                 except BaseException:  # noqa: BLE001  # sys.exit() in an item must not stop its key either
                     self._log_failure(lane.key)
-                item = None  # it must not outlive its run: it may hold a container's streams
+                item = None  # let go here and not under the lock: it may be the last to hold a container's streams
 
-    def _conclude(self, me: Worker, step: Step) -> None:
+    def _conclude(self, step: Step) -> None:
         """Under the lock: what goes with a step, once the crew has decided on it."""
         if step is Move.LEAVE:
             del self._by_thread[threading.get_ident()]
-        elif step is not Move.TAKE:
-            # An earlier call to look up has been followed by this very look.
-            me.wake.acquire(blocking=False)
         if self._closing:
             self._tell_closers()
 

@@ -476,7 +476,9 @@ def test_threads_are_named_daemons_and_gone_after_idleness(no_leaks: None) -> No
     assert not threads_of("idle")
 
 
-def test_an_idle_thread_is_used_again() -> None:
+def test_an_idle_thread_is_woken_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody looks up by himself in the time that the test has.
+    monkeypatch.setattr(serial, "IDLE", 10 * SOON)
     names = []
     with queue("again") as q:
         for _ in range(20):
@@ -484,7 +486,9 @@ def test_an_idle_thread_is_used_again() -> None:
             q.append("key", lambda: names.append(threading.current_thread().name))
             q.append("key", ran.set)
             assert ran.wait(SOON)
+            wait_until(lambda: len(q._crew.idle) == len(q._crew.members), "all are idle again")
     assert len(set(names)) <= 3
+    assert not threads_of("again"), "close() has not sent the idle ones home"
 
 
 def test_nothing_is_kept_of_a_drained_key() -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BUNDLE_LABEL: Final = "libcontainerd/bundle.path"
 """The container's label that holds its bundle's path, so that a later client finds it."""
 
-_LABEL_BYTES: Final = 4096  # containerd's limit for a label's key and value together
+LABEL_BYTES: Final = 4096  # containerd's limit for a label's key and value together
 
 _ATTEMPTS: Final = 10
 
@@ -66,7 +66,7 @@ class Bundle:
                 made: list[str] = []
                 try:
                     path = _make_mapped(full, owner, made) if owner != (0, 0) else _make_plain(full, made)
-                    if len(BUNDLE_LABEL) + len(os.fsencode(path)) > _LABEL_BYTES:
+                    if len(BUNDLE_LABEL) + len(os.fsencode(path)) > LABEL_BYTES:
                         raise InvalidParameterError(
                             f"the bundle of container {container_id!r} would have a path of {len(path)} characters,"
                             " more than containerd keeps in a label: choose a shorter state_dir"

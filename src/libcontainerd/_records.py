@@ -17,7 +17,7 @@ from libcontainerd.errors import ConflictError, FailedPreconditionError, Invalid
 from libcontainerd.types import INIT_PROCESS_NAME, EventInfo, EventType, ExitStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from libcontainerd._bundle import Bundle
     from libcontainerd._wire.pb.runc.options_pb2 import Options
@@ -195,6 +195,13 @@ class Container:
         with self.changed:
             return self._exits.get(process_id)
 
+    def require_bundle(self) -> Bundle:
+        """The bundle of a container that was created."""
+        with self.changed:
+            if self.bundle is None:
+                raise NotFoundError(f"container {self.id!r}: no such container")
+            return self.bundle
+
     # Reserving: each taken under the lock before any RPC or path, and given back by `forget`.
 
     def reserve_task(self) -> Process:
@@ -281,6 +288,11 @@ class Container:
 
     # Progress.
 
+    def attach(self, process: Process, attached: Attached) -> None:
+        """Note a process's IO."""
+        with self.changed:
+            process.attached = attached
+
     def advance(self, process: Process, step: Step, pid: int = 0) -> None:
         """Note that a verb succeeded."""
         with self.changed:
@@ -323,11 +335,30 @@ class Container:
     def _oom_killed(self) -> bool:
         return self.task is not None and self.task.oom_killed
 
-    def wait_exit(self, process: Process, timeout: float | None) -> ExitStatus | None:
-        """Wait until the exit of a process is known; None when the time is up."""
+    def wait_exit(
+        self, process: Process, timeout: float | None, stop: Callable[[], bool] = lambda: False
+    ) -> ExitStatus | None:
+        """Wait until the exit of a process is known; None when the time is up, it is gone, or `stop` says so."""
         with self.changed:
-            self.changed.wait_for(lambda: process.exit is not None or process.state is State.GONE, timeout)
+            self.changed.wait_for(
+                lambda: process.exit is not None or process.state is State.GONE or stop(), timeout
+            )
             return process.exit
+
+    def wake(self) -> None:
+        """Have every waiter look again."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def is_gone(self, process: Process) -> bool:
+        """Whether the process is no longer in containerd, or never was."""
+        with self.changed:
+            return process.state is State.GONE
+
+    def is_paused(self) -> bool:
+        """Whether the task is frozen, as far as events have told."""
+        with self.changed:
+            return self.task is not None and self.task.state is State.PAUSED
 
     def wait_reported(self, process: Process, timeout: float) -> bool:
         """Wait until the exit's event has come in and been queued; False when the time is up."""
@@ -374,16 +405,29 @@ class Container:
     def _process_of(self, process_id: str) -> Process | None:
         return self.task if process_id in ("", self.id) else self.execs.get(process_id)
 
+    def running(self) -> list[Process]:
+        """The processes whose exits are not known, init first."""
+        with self.changed:
+            return [process for process in self._processes() if process.exit is None]
+
     def running_execs(self) -> list[Process]:
         """The execs whose exits are not known."""
+        return [process for process in self.running() if process.id != INIT_PROCESS_NAME]
+
+    def wait_execs(self, timeout: float) -> None:
+        """Wait until the exits of all execs are known, or the time is up."""
         with self.changed:
-            return [process for process in self.execs.values() if process.exit is None]
+            self.changed.wait_for(
+                lambda: all(process.exit is not None for process in self.execs.values()), timeout
+            )
 
     def attached(self) -> list[Attached]:
         """The IO of every process that has any."""
         with self.changed:
-            processes = [*self.execs.values()] if self.task is None else [self.task, *self.execs.values()]
-            return [process.attached for process in processes if process.attached is not None]
+            return [process.attached for process in self._processes() if process.attached is not None]
+
+    def _processes(self) -> list[Process]:
+        return [*([] if self.task is None else [self.task]), *self.execs.values()]
 
 
 _Key = TypeVar("_Key")

@@ -16,7 +16,7 @@ LAYERS = (
     ("remote",),
     ("client",),
     ("_checkpoint", "_events", "supervisor"),
-    ("cio", "_bundle", "_records", "backends"),
+    ("cio", "_bundle", "_records", "_runtime", "backends"),
     ("_wire",),
     ("types", "errors", "oci"),
 )

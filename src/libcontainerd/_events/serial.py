@@ -377,7 +377,6 @@ class SerialQueue:
                     closer for closer in self._closing.values() if closer is not None
                 }
                 del self._closing[settled]
-                self._tell_closers()
                 undelivered = self._undelivered
         if in_time:
             for worker in leaving:

@@ -175,6 +175,7 @@ class Connection:
         self.address = address
         self.namespace = namespace
         self.metadata: Metadata = ((NAMESPACE_HEADER, namespace),)
+        self._credentials = credentials
         self._channel = open_channel(address, credentials)
         self.containers = ContainersStub(self._channel)
         self.tasks = TasksStub(self._channel)
@@ -219,6 +220,10 @@ class Connection:
         if self._closed:
             return CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
         return translate(error, doing)
+
+    def reopen(self) -> Connection:
+        """Another connection of the same kind, for what must be done after this one was closed."""
+        return Connection(self.address, namespace=self.namespace, credentials=self._credentials)
 
     def close(self) -> None:
         """Cancel every call under way and close the channel; idempotent."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from libcontainerd.cio import IO, AttachStdio, Destination
-from libcontainerd.cio.direct import DirectIO
+from libcontainerd.cio.direct import DirectIO, drain
 from libcontainerd.cio.fifo import FifoSet
-from libcontainerd.errors import InvalidParameterError
+from libcontainerd.errors import InvalidParameterError, SystemFailureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from libcontainerd.cio.fifo import InputStream
+    from libcontainerd.cio.fifo import InputStream, OutputStream
 
 _WAIT_SECONDS: Final = 10.0
 """How long a user's ``IO.wait`` is waited for once the process's output has been taken to its end."""
@@ -60,14 +60,17 @@ class Attached:
 
         Raises:
             InvalidParameterError: the destination cannot do what was asked, or the callback returned no IO.
-            OSError: a FIFO cannot be made or opened.
+            SystemFailureError: a FIFO cannot be made or opened.
             Exception: what the callback raised. Nothing is left open or behind in any of these cases.
         """
         if isinstance(attach_stdio, Destination):
             attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
             return cls(attach_stdio)
         attached = cls(fifos)
-        attached.direct = DirectIO(fifos, owner=owner, on_stdin_close=on_stdin_close)
+        try:
+            attached.direct = DirectIO(fifos, owner=owner, on_stdin_close=on_stdin_close)
+        except OSError as error:
+            raise SystemFailureError(f"cannot open the FIFOs {', '.join(fifos.paths)}: {error}") from error
         try:
             io = attach_stdio(attached.direct)
             if not isinstance(io, IO):
@@ -101,29 +104,31 @@ class Attached:
         self.direct.close()
         self.unlink()
 
-    def finish(self) -> bool:
-        """The process is gone from containerd: close what has come to its end, and remove the FIFOs.
+    def finish(self, *, drained: bool) -> list[InputStream | OutputStream]:
+        """The process is gone from containerd: remove the FIFOs, and close what has come to its end.
+
+        Args:
+            drained: The reader has taken all there was before the deletion. What the shim has sent after that is waited
+                for; where the reader was stuck, nothing is.
 
         Returns:
-            False when something is left for its owner: an output that still holds bytes or whose descriptor the owner
-            may be about to use.
+            The streams that are left to their owner: they still hold bytes, or their descriptor may be about to be used.
         """
         if self.direct is None:
-            return True
+            return []
         self.unlink()
-        if not self.direct.drain(limit=_WAIT_SECONDS):
-            return False
-        if self._io is self.direct:
-            return self.direct.finish()
-        self._quietly("cancel")
-        waiter = threading.Thread(
-            target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
-        )
-        waiter.start()
-        waiter.join(_WAIT_SECONDS)
-        if waiter.is_alive():
-            _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
-        self._quietly("close")
+        if not drained or not drain([self.direct], limit=_WAIT_SECONDS):
+            return list(self.direct.outputs)
+        if self._io is not self.direct:
+            self._quietly("cancel")
+            waiter = threading.Thread(
+                target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
+            )
+            waiter.start()
+            waiter.join(_WAIT_SECONDS)
+            if waiter.is_alive():
+                _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
+            self._quietly("close")
         return self.direct.finish()
 
     def abandon(self) -> None:
@@ -146,5 +151,5 @@ class Attached:
             return
         try:
             getattr(self._io, step)()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged; an IO that fails must not keep the others from their end
             _log.warning("io_failed", step=step, fifo=self.stdout, error=repr(error))

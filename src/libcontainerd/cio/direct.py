@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from libcontainerd.cio.fifo import End, FifoSet, InputStream, OutputStream, unlink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Self
 
 
@@ -123,10 +123,12 @@ class DirectIO:
         for stream in self.outputs:
             stream.process_ended()
 
-    def finish(self) -> bool:
-        """The process is gone and its output taken: close what no owner may be about to use; say whether that is all."""
-        closed = [stream.finish() for stream in self.outputs]
-        return (self.stdin is None or self.stdin.finish()) and all(closed)
+    def finish(self) -> list[InputStream | OutputStream]:
+        """The process is gone and its output taken: close what no owner may be about to use; the rest is returned."""
+        streams: list[InputStream | OutputStream] = [*self.outputs]
+        if self.stdin is not None:
+            streams.append(self.stdin)
+        return [stream for stream in streams if not stream.finish()]
 
     def abandon(self) -> None:
         """Close every descriptor and leave the process as it is: no end of input is sent."""
@@ -136,37 +138,37 @@ class DirectIO:
         for stream in self.outputs:
             stream.shut()
 
-    def drain(self, *, limit: float, stall: float = 5.0, idle: float = 0.3) -> bool:
-        """Wait until the reader has come to the end of the outputs, as long as it goes on reading.
 
-        Args:
-            limit: Seconds after which nothing is waited for any more.
-            stall: Seconds without a byte taken after which a reader is thought to be stuck.
-            idle: Seconds after which a FIFO that is empty, but has a writer still, counts as read: the shim moves
-                what it has at once, so only a process that was left behind in the background can hold it open.
+def drain(ios: Iterable[DirectIO], *, limit: float, stall: float = 5.0, idle: float = 0.3) -> bool:
+    """Wait until the readers have come to the end of all outputs, as long as they go on reading.
 
-        Returns:
-            Whether the reader took everything there was.
-        """
-        deadline = time.monotonic() + limit
-        pause = 0.001
-        remaining = dict.fromkeys(self.outputs, (-1, -1, 0.0))
-        while True:
-            now = time.monotonic()
-            for stream, (taken, unread, since) in list(remaining.items()):
-                pending, hung_up = stream.pending()
-                if (taken, unread) != (stream.taken, pending):
-                    remaining[stream] = stream.taken, pending, now
-                elif not pending and not hung_up and now - since >= idle:
-                    del remaining[stream]
-                    continue
-                elif now - since >= stall:
-                    return False
-                if stream.drained():
-                    del remaining[stream]
-            if not remaining:
-                return True
-            if now >= deadline:
-                return False
-            time.sleep(pause)
-            pause = min(pause * 2, 0.05)
+    Args:
+        ios: The processes' IO.
+        limit: Seconds after which nothing is waited for any more.
+        stall: Seconds without a byte taken after which a reader is thought to be stuck, and no longer waited for.
+        idle: Seconds after which a FIFO that is empty, but has a writer still, counts as read: the shim moves what it
+            has at once, so only a process that was left behind in the background can hold it open.
+
+    Returns:
+        Whether the readers took everything there was.
+    """
+    deadline = time.monotonic() + limit
+    pause = 0.001
+    complete = True
+    # What was seen of each, and since when it has been so.
+    waiting = {stream: (-1, -1, 0.0) for io in ios for stream in io.outputs}
+    while True:
+        now = time.monotonic()
+        for stream, (taken, unread, since) in list(waiting.items()):
+            pending, hung_up = stream.pending()
+            if stream.drained() or (not pending and not hung_up and taken >= 0 and now - since >= idle):
+                del waiting[stream]
+            elif (taken, unread) != (stream.taken, pending):
+                waiting[stream] = stream.taken, pending, now
+            elif now - since >= stall:
+                del waiting[stream]
+                complete = False
+        if not waiting or now >= deadline:
+            return complete and not waiting
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)

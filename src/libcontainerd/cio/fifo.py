@@ -393,6 +393,9 @@ class InputStream(io.RawIOBase):
 
     `close` returns at once. The end of the process's input follows in the background, once the process is there and
     its reader has come. Safe to close while another thread writes.
+
+    Attributes:
+        ended: Set when the end of input was sent, or can no longer be.
     """
 
     def __init__(self, end: End, holder: End, on_close: Callable[[InputStream], None]) -> None:
@@ -400,6 +403,7 @@ class InputStream(io.RawIOBase):
         self._end = end
         self._holder = holder
         self._on_close = on_close
+        self.ended = threading.Event()
         self._lock = threading.Lock()  # guards the gate and the two flags; nothing is called while it is held
         self._gate = _Gate.PENDING
         self._owner_closed = False
@@ -535,3 +539,4 @@ class InputStream(io.RawIOBase):
         self._cancelled = True
         self._holder.close()
         self._end.close()
+        self.ended.set()

@@ -1,0 +1,60 @@
+"""libcontainerd: drive containerd from Python, the way the Docker daemon does.
+
+Make a `Client` (or a `Remote`, which starts a private containerd and makes clients for it), give it a `Backend`, and
+call its verbs. `cio` says what becomes of stdio, `oci` makes specs, `backends` has backends ready-made.
+"""
+
+from __future__ import annotations
+
+from libcontainerd import backends, cio
+from libcontainerd.client import Client
+from libcontainerd.errors import (
+    CallCancelledError,
+    ConflictError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidParameterError,
+    LibcontainerdError,
+    NotFoundError,
+    NotImplementedByServerError,
+    PermissionDeniedError,
+    SystemFailureError,
+    UnavailableError,
+)
+from libcontainerd.remote import Remote
+from libcontainerd.types import (
+    INIT_PROCESS_NAME,
+    Backend,
+    EventInfo,
+    EventType,
+    ExitStatus,
+    Status,
+    Summary,
+    Version,
+)
+
+__all__ = [
+    "INIT_PROCESS_NAME",
+    "Backend",
+    "CallCancelledError",
+    "Client",
+    "ConflictError",
+    "DeadlineExceededError",
+    "EventInfo",
+    "EventType",
+    "ExitStatus",
+    "FailedPreconditionError",
+    "InvalidParameterError",
+    "LibcontainerdError",
+    "NotFoundError",
+    "NotImplementedByServerError",
+    "PermissionDeniedError",
+    "Remote",
+    "Status",
+    "Summary",
+    "SystemFailureError",
+    "UnavailableError",
+    "Version",
+    "backends",
+    "cio",
+]

@@ -1,0 +1,73 @@
+"""Records against containerd: what has become of a process whose exit event is missing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from libcontainerd._events.decode import utc
+from libcontainerd._wire.pb.services.tasks_pb2 import GetRequest
+from libcontainerd._wire.pb.types import task_pb2
+from libcontainerd.errors import NotFoundError
+from libcontainerd.types import ExitStatus, Status
+
+if TYPE_CHECKING:
+    from libcontainerd._wire.connection import Connection, Deadline
+    from libcontainerd._wire.pb.wellknown_pb2 import Timestamp
+
+UNKNOWN_EXIT_CODE: Final = 255
+
+_STATUS: Final = {
+    task_pb2.Status.CREATED: Status.CREATED,
+    task_pb2.Status.RUNNING: Status.RUNNING,
+    task_pb2.Status.STOPPED: Status.STOPPED,
+    task_pb2.Status.PAUSED: Status.PAUSED,
+    task_pb2.Status.PAUSING: Status.PAUSING,
+}
+
+
+def status_of(process: task_pb2.Process) -> Status:
+    """Say containerd's state of a process in our word."""
+    return _STATUS.get(process.status, Status.UNKNOWN)
+
+
+def exit_status(code: int, exited_at: Timestamp) -> ExitStatus:
+    """An exit as containerd tells it; a time that it does not tell is now."""
+    return ExitStatus(code, utc(exited_at) or datetime.now(UTC))
+
+
+def unknown_exit(reason: Exception | None) -> ExitStatus:
+    """An exit of which nothing is known but that it was."""
+    return ExitStatus(UNKNOWN_EXIT_CODE, datetime.now(UTC), reason)
+
+
+def ask(
+    connection: Connection, container_id: str, exec_id: str, *, doing: str, deadline: Deadline
+) -> ExitStatus | None:
+    """Ask containerd how a process has ended.
+
+    Args:
+        connection: Where to ask.
+        container_id: The process's container.
+        exec_id: The exec, or empty for init.
+        doing: For the error's message.
+        deadline: When to give up.
+
+    Returns:
+        None while it has not ended; code 255 with the reason where containerd no longer knows the process.
+
+    Raises:
+        LibcontainerdError: there was no answer. That says nothing about the process.
+    """
+    try:
+        process = connection.call(
+            connection.tasks.Get,
+            GetRequest(container_id=container_id, exec_id=exec_id),
+            doing=doing,
+            deadline=deadline,
+        ).process
+    except NotFoundError as error:
+        return unknown_exit(error)
+    if process.status != task_pb2.Status.STOPPED:
+        return None
+    return exit_status(process.exit_status, process.exited_at)

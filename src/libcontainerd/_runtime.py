@@ -1,0 +1,89 @@
+"""What a container's shim and runtime are told beside the spec: runc's options, and whose the stdio is."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from google.protobuf.message import DecodeError, Message
+
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.pb.runc.options_pb2 import Options
+from libcontainerd.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from libcontainerd import oci
+    from libcontainerd._wire.pb.wellknown_pb2 import Any
+
+_NO_PIVOT_ROOT: Final = "DOCKER_RAMDISK"
+"""The environment variable that says the root file system is a ramdisk, which pivot_root cannot leave."""
+
+
+def read_runtime_options(options: Message | Mapping[str, object] | None) -> Options | None:
+    """Read a user's runc options: a message of any copy of containerd's API, or a mapping of its fields.
+
+    Raises:
+        InvalidParameterError: it is another message, an unknown field, or a value of the wrong type.
+    """
+    if options is None:
+        return None
+    if isinstance(options, Message):
+        name = Options.DESCRIPTOR.full_name
+        if options.DESCRIPTOR.full_name != name:
+            raise InvalidParameterError(
+                f"runtime_options: want a {name}, not a {options.DESCRIPTOR.full_name}"
+            )
+        try:
+            return Options.FromString(options.SerializeToString())
+        except DecodeError as error:
+            raise InvalidParameterError(f"runtime_options: {error}") from error
+    fields = {field.name for field in Options.DESCRIPTOR.fields}
+    read = Options()
+    for name, value in options.items():
+        if name not in fields:
+            raise InvalidParameterError(
+                f"runtime_options: no field {name!r}; there are {', '.join(sorted(fields))}"
+            )
+        try:
+            setattr(read, name, value)
+        except (TypeError, ValueError) as error:
+            raise InvalidParameterError(f"runtime_options: {name}: {error}") from error
+    return read
+
+
+def task_options(options: Options | None, owner: tuple[int, int]) -> Any | None:
+    """The options of a task, or None where the container's own say it all.
+
+    containerd takes a task's options instead of its container's, not on top of them. So what they have in common is
+    said again.
+
+    Args:
+        options: The container's.
+        owner: uid and gid of the container's root, to whom the process's pipes shall belong.
+    """
+    no_pivot_root = bool(os.environ.get(_NO_PIVOT_ROOT))
+    if owner == (0, 0) and not no_pivot_root:
+        return None
+    told = Options()
+    if options is not None:
+        told.CopyFrom(options)
+    told.io_uid, told.io_gid = owner
+    told.no_pivot_root = told.no_pivot_root or no_pivot_root
+    return typeurl.pack(told)
+
+
+def mapped_root(spec: oci.Spec) -> tuple[int, int]:
+    """The uid and gid on the host of the container's root: 0 and 0 without a user namespace."""
+    if spec.linux is None or not any(each.type == "user" for each in spec.linux.namespaces or ()):
+        return 0, 0
+    return _host_id(spec.linux.uid_mappings), _host_id(spec.linux.gid_mappings)
+
+
+def _host_id(mappings: Sequence[oci.LinuxIDMapping] | None) -> int:
+    for each in mappings or ():
+        first, size = each.container_id or 0, each.size or 0
+        if first == 0 and size > 0:
+            return each.host_id or 0
+    return 0

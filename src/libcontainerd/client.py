@@ -1,0 +1,1062 @@
+"""Client: the verbs over the container map.
+
+Where the three ways of this library meet: calls go down (`_wire`), events come up (`_events`), bytes go across (`cio`).
+What they agree on is in `_records`. A verb first reserves what it is about to make, then talks to containerd without any
+lock, then publishes or takes back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal as signals
+import threading
+import time
+import weakref
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import structlog
+
+from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES, Bundle
+from libcontainerd._events import catchup
+from libcontainerd._events.decode import MalformedEvent, decode
+from libcontainerd._events.serial import SerialQueue
+from libcontainerd._events.subscriber import Subscriber
+from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
+from libcontainerd._runtime import mapped_root, read_runtime_options, task_options
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.connection import Address, Connection, Deadline
+from libcontainerd._wire.identifiers import check_identifier
+from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
+from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
+from libcontainerd._wire.pb.types import task_pb2
+from libcontainerd._wire.pb.wellknown_pb2 import Empty
+from libcontainerd.cio import null_io
+from libcontainerd.cio.attached import Attached
+from libcontainerd.cio.direct import drain
+from libcontainerd.cio.fifo import FifoSet
+from libcontainerd.errors import (
+    CallCancelledError,
+    ConflictError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidParameterError,
+    LibcontainerdError,
+    NotFoundError,
+    SystemFailureError,
+    UnavailableError,
+)
+from libcontainerd.types import (
+    INIT_PROCESS_NAME,
+    EventInfo,
+    EventType,
+    ExitStatus,
+    Status,
+    Summary,
+    Version,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Self
+
+    import grpc
+    from google.protobuf.message import Message
+
+    from libcontainerd import oci
+    from libcontainerd._wire.pb.types.event_pb2 import Envelope
+    from libcontainerd.cio import AttachStdio
+    from libcontainerd.cio.fifo import InputStream, OutputStream
+    from libcontainerd.types import Backend
+
+_CONNECT_SECONDS: Final = 10.0
+_CLEAN_UP_SECONDS: Final = 45.0
+"""The deadline of what undoes a failed or cancelled call; never the caller's, which may be what has just passed."""
+
+_DELETE_RESERVE_SECONDS: Final = 15.0
+"""What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
+
+_EXEC_DRAIN_SECONDS: Final = 300.0
+_LATE_EVENT_SECONDS: Final = 1.0
+_ASK_AGAIN_SECONDS: Final = 5.0
+
+_OUTCOME_UNKNOWN: Final = (UnavailableError, DeadlineExceededError, CallCancelledError)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+_log = structlog.get_logger("libcontainerd")
+_live_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+class Client:
+    """One namespace of one containerd: its containers that this program looks after, and their events.
+
+    A context manager: leaving it closes the client; containers keep running. Every method may be called from any thread,
+    and from inside the backend's ``process_event``, also for the same container. ``timeout`` is in seconds and defaults to
+    the client's ``default_timeout``; ``math.inf`` waits for ever. When it passes, the outcome is unknown
+    (`DeadlineExceededError`); every blocking call also ends, with `CallCancelledError`, when the client is closed.
+
+    Beside what each method says it raises, any may raise `UnavailableError`, `DeadlineExceededError`,
+    `CallCancelledError`, `PermissionDeniedError`, `NotImplementedByServerError` and `SystemFailureError`.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str],
+        *,
+        namespace: str,
+        state_dir: str | os.PathLike[str],
+        backend: Backend | None = None,
+        runtime: str = "io.containerd.runc.v2",
+        default_timeout: float = 60.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect, and return once no event of the namespace can be missed any more.
+
+        Args:
+            address: containerd's socket: a path, ``unix:///path``, or ``tcp://host:port`` with credentials.
+            namespace: containerd's namespace to work in. It need not exist.
+            state_dir: An absolute path under which each container gets a directory for its FIFOs.
+            backend: Receives the events; None drops them.
+            runtime: The shim's name for containers that name none, or the absolute path of a shim.
+            default_timeout: Seconds for a call that names none.
+            credentials: grpcio's channel credentials, for TCP.
+
+        Raises:
+            InvalidParameterError: an argument cannot be used.
+            UnavailableError: no containerd answers there within ``min(default_timeout, 10)`` seconds.
+            DeadlineExceededError: something takes the connection and does not answer in that time.
+            PermissionDeniedError: this user may not connect.
+        """
+        check_identifier("namespace", namespace)
+        if backend is not None and not callable(getattr(backend, "process_event", None)):
+            raise InvalidParameterError(
+                f"a backend has a method process_event; {type(backend).__name__} has none"
+            )
+        if not runtime:
+            raise InvalidParameterError("a runtime is a shim's name, such as io.containerd.runc.v2")
+        Deadline(default_timeout)
+        self._state_dir = os.path.normpath(os.fspath(state_dir))
+        if not os.path.isabs(self._state_dir):
+            raise InvalidParameterError(f"state_dir must be an absolute path, not {self._state_dir!r}")
+        parsed = Address(address, with_credentials=credentials is not None)
+        parsed.check()
+
+        self._namespace = namespace
+        self._runtime = runtime
+        self._backend = backend
+        self._default_timeout = default_timeout
+        self._log = _log.bind(namespace=namespace)
+        self._containers = ContainerMap()
+        self._events = SerialQueue("backend", self._report_backlog)
+        self._background = SerialQueue("background")
+        self._closing, self._cut, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._lock = (
+            threading.Lock()
+        )  # guards _leftovers and the start of close; nothing is called while it is held
+        self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
+        self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
+        self._subscriber = Subscriber(self._connection, on_event=self._receive, on_live=self._catch_up)
+        try:
+            self._subscriber.open(min(default_timeout, _CONNECT_SECONDS))
+        except BaseException:
+            self._connection.close()
+            raise
+        _live_clients.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing.is_set() else f"{len(self._containers.all())} containers"
+        return f"<Client of namespace {self._namespace!r} at {self._connection.address}: {state}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing.is_set()
+
+    # ------------------------------------------------------------------------------------------------- containers
+
+    def version(self, *, timeout: float | None = None) -> Version:
+        """Ask containerd for its version."""
+        answer = self._connection.call(
+            self._connection.versions.Version,
+            Empty(),
+            doing="ask for the version",
+            deadline=self._deadline(timeout),
+        )
+        return Version(answer.version, answer.revision)
+
+    def create(
+        self,
+        container_id: str,
+        spec: oci.Spec | Mapping[str, object],
+        runtime_options: Message | Mapping[str, object] | None = None,
+        *,
+        runtime: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Make a container: its metadata in containerd, and its bundle directory. Nothing runs yet.
+
+        Args:
+            container_id: By containerd's rule: 76 characters at most, alphanumeric groups joined by single ``.``, ``_``
+                or ``-``.
+            spec: An OCI runtime spec, or a mapping that validates as one.
+            runtime_options: runc's options, as a message or as a mapping of its fields (``binary_name``, ``root``,
+                ``systemd_cgroup`` and so on).
+            runtime: The shim for this container.
+            labels: Kept in containerd with the container.
+            timeout: See the class.
+
+        Raises:
+            InvalidParameterError: an argument cannot be used. Nothing was touched.
+            ConflictError: the id is taken, here or in containerd. Of two creations at once one wins, unharmed.
+        """
+        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who make containers
+
+        doing = f"create container {container_id!r}"
+        check_identifier("container id", container_id)
+        deadline = self._deadline(timeout)
+        model = oci.parse_spec(spec)
+        document = oci.dump(model)
+        options = read_runtime_options(runtime_options)
+        facts = SpecFacts(
+            terminal=bool(model.process is not None and model.process.terminal),
+            owner=mapped_root(model),
+            options=options,
+        )
+        _check_labels(labels or {})
+        container = self._containers.reserve(container_id)
+        with ExitStack() as undo:
+            undo.callback(self._containers.release, container)
+            bundle = Bundle.prepare(self._state_dir, container_id, facts.owner)
+            undo.callback(bundle.undo)
+            request = containers_pb2.CreateContainerRequest(
+                container=containers_pb2.Container(
+                    id=container_id,
+                    labels={**(labels or {}), BUNDLE_LABEL: bundle.path},
+                    runtime=containers_pb2.Container.Runtime(
+                        name=runtime or self._runtime,
+                        options=None if options is None else typeurl.pack(options),
+                    ),
+                    spec=typeurl.pack_json(typeurl.SPEC_URL, document),
+                )
+            )
+            try:
+                self._connection.call(
+                    self._connection.containers.Create, request, doing=doing, deadline=deadline
+                )
+            except BaseException as error:
+                if not isinstance(error, LibcontainerdError) or isinstance(error, _OUTCOME_UNKNOWN):
+                    self._undo_create(request.container)
+                raise
+            undo.pop_all()
+        container.publish(bundle, facts)
+        self._containers.publish(container)
+
+    def delete(self, container_id: str, *, timeout: float | None = None) -> None:
+        """Remove a container from containerd, then its bundle, and free its id.
+
+        With ``LIBCONTAINERD_NOCLEAN=1`` in the environment the bundle stays.
+
+        Raises:
+            NotFoundError: there is no such container.
+            FailedPreconditionError: its task exists; call `delete_task` first. (containerd itself would accept it, and
+                leave a process that nobody can reach.)
+            ConflictError: another call is deleting it.
+        """
+        deadline = self._deadline(timeout)
+        container = self._containers.get(container_id)
+        container.reserve_deletion()
+        try:
+            with suppress(NotFoundError):  # somebody else has removed it: what is left to do is ours
+                self._connection.call(
+                    self._connection.containers.Delete,
+                    containers_pb2.DeleteContainerRequest(id=container_id),
+                    doing=f"delete container {container_id!r}",
+                    deadline=deadline,
+                )
+        except BaseException:
+            container.release_deletion()
+            raise
+        if container.bundle is not None:
+            container.bundle.remove()
+        self._containers.remove(container)
+
+    # ------------------------------------------------------------------------------------------- starting processes
+
+    def start(
+        self,
+        container_id: str,
+        checkpoint_dir: str | None = None,
+        with_stdin: bool = False,
+        attach_stdio: AttachStdio = null_io,
+        *,
+        timeout: float | None = None,
+    ) -> int:
+        """Create and start the container's task.
+
+        Args:
+            container_id: A container that has no task.
+            checkpoint_dir: Restoring from a checkpoint is not part of this version: must be None.
+            with_stdin: Give the process an stdin; otherwise its input is empty.
+            attach_stdio: What becomes of its stdio: a callback that gets the open ends before the process exists and
+                must return at once, or a destination; see `libcontainerd.cio`. What it raises aborts the start.
+            timeout: See the class.
+
+        Returns:
+            The pid of the init process, in the host's pid namespace.
+
+        Raises:
+            NotFoundError: there is no such container.
+            ConflictError: it is started already, or just being started.
+            InvalidParameterError: an argument cannot be used, or the program to run is not there. After this, as after
+                any error, no task, FIFO, record or descriptor of this start is left.
+        """
+        if checkpoint_dir is not None:
+            raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
+        deadline = self._deadline(timeout)
+        container = self._containers.get(container_id)
+        task = container.reserve_task()
+        doing = f"start container {container_id!r}"
+        terminal = container.facts.terminal
+        with self._undone_on_failure(container, task):
+            attached = self._attach(
+                container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
+            )
+            created = self._connection.call(
+                self._connection.tasks.Create,
+                tasks_pb2.CreateTaskRequest(
+                    container_id=container_id,
+                    terminal=terminal,
+                    stdin=attached.stdin,
+                    stdout=attached.stdout,
+                    stderr=attached.stderr,
+                    options=task_options(container.facts.options, container.facts.owner),
+                ),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(task, Step.CREATE, created.pid)
+            attached.process_is_there()
+            started = self._connection.call(
+                self._connection.tasks.Start,
+                tasks_pb2.StartRequest(container_id=container_id),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(task, Step.START, started.pid)
+        return started.pid or created.pid
+
+    def exec(
+        self,
+        container_id: str,
+        process_id: str,
+        process: oci.Process | Mapping[str, object],
+        with_stdin: bool = False,
+        attach_stdio: AttachStdio = null_io,
+        *,
+        timeout: float | None = None,
+    ) -> int:
+        """Start a further process in a running container.
+
+        After its exit was delivered to the backend, its output is let to its end, it is deleted in containerd, its FIFOs
+        are removed, and its id is free again.
+
+        Args:
+            container_id: A container whose task runs.
+            process_id: The exec's id, by containerd's rule; unique among the container's execs.
+            process: What to run, as the spec's ``process``, or a mapping that validates as one.
+            with_stdin: As for `start`.
+            attach_stdio: As for `start`.
+            timeout: See the class.
+
+        Returns:
+            The pid, in the host's pid namespace.
+
+        Raises:
+            NotFoundError: there is no such container.
+            InvalidParameterError: the container is not running, an argument cannot be used, or the program is not there.
+            ConflictError: the exec's id is taken.
+        """
+        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who make containers
+
+        check_identifier("exec id", process_id)
+        if process_id in (INIT_PROCESS_NAME, container_id):
+            raise InvalidParameterError(f"exec id {process_id!r} is what the init process is called")
+        deadline = self._deadline(timeout)
+        model = oci.parse_process(process)
+        document = oci.dump(model)
+        terminal = bool(model.terminal)
+        container = self._containers.get(container_id)
+        record = container.reserve_exec(process_id)
+        doing = f"exec {process_id!r} in container {container_id!r}"
+        with self._undone_on_failure(container, record):
+            attached = self._attach(
+                container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
+            )
+            self._connection.call(
+                self._connection.tasks.Exec,
+                tasks_pb2.ExecProcessRequest(
+                    container_id=container_id,
+                    exec_id=process_id,
+                    terminal=terminal,
+                    stdin=attached.stdin,
+                    stdout=attached.stdout,
+                    stderr=attached.stderr,
+                    spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
+                ),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(record, Step.CREATE)
+            started = self._connection.call(
+                self._connection.tasks.Start,
+                tasks_pb2.StartRequest(container_id=container_id, exec_id=process_id),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(record, Step.START, started.pid)
+            attached.process_is_there()
+        return started.pid
+
+    def _attach(
+        self,
+        container: Container,
+        process: Process,
+        *,
+        with_stdin: bool,
+        terminal: bool,
+        attach_stdio: AttachStdio,
+    ) -> Attached:
+        bundle = container.require_bundle()
+        attached = Attached.attach(
+            attach_stdio,
+            FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
+            owner=bundle.owner,
+            on_stdin_close=partial(self._stdin_closed, container, process),
+        )
+        container.attach(process, attached)
+        return attached
+
+    @contextmanager
+    def _undone_on_failure(self, container: Container, process: Process) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # A process of that name that somebody else has in containerd is not ours to remove.
+            if process.attached is not None and not isinstance(error, ConflictError):
+                self._destroy(container, process)
+            if process.attached is not None:
+                process.attached.discard()
+            container.forget(process)
+            raise
+
+    # ------------------------------------------------------------------------------------------- running processes
+
+    def signal_process(
+        self, container_id: str, process_id: str, signal: int, *, timeout: float | None = None
+    ) -> None:
+        """Send a signal to init (``"init"``) or an exec.
+
+        A paused container gets a SIGKILL when it is thawed, so after a SIGKILL to its init it is resumed.
+
+        Raises:
+            NotFoundError: no such container or exec, the container is not running, or the process has ended.
+            InvalidParameterError: that is no signal.
+        """
+        if not 0 < signal < signals.NSIG:
+            raise InvalidParameterError(f"{signal!r} is no signal: want 1 to {signals.NSIG - 1}")
+        deadline = self._deadline(timeout)
+        container = self._containers.get(container_id)
+        process = container.require_process(process_id)
+        self._connection.call(
+            self._connection.tasks.Kill,
+            tasks_pb2.KillRequest(container_id=container_id, exec_id=_exec_id(process), signal=signal),
+            doing=f"send signal {int(signal)} to {process_id!r} in container {container_id!r}",
+            deadline=deadline,
+        )
+        if signal == signals.SIGKILL and process.id == INIT_PROCESS_NAME and container.is_paused():
+            with suppress(LibcontainerdError):  # it may be gone already, which is what was wanted
+                self.resume(container_id, timeout=timeout)
+
+    def resize_terminal(
+        self, container_id: str, process_id: str, width: int, height: int, *, timeout: float | None = None
+    ) -> None:
+        """Set the size of a process's terminal, in columns and rows.
+
+        Raises:
+            NotFoundError: no such container or exec, or the container is not running.
+            FailedPreconditionError: the process has ended.
+            InvalidParameterError: a side is not 0 to 65535.
+        """
+        for side in (width, height):
+            if not 0 <= side < 1 << 16:
+                raise InvalidParameterError(f"a terminal's width and height are 0 to 65535, not {side!r}")
+        process = self._containers.get(container_id).require_process(process_id)
+        self._connection.call(
+            self._connection.tasks.ResizePty,
+            tasks_pb2.ResizePtyRequest(
+                container_id=container_id, exec_id=_exec_id(process), width=width, height=height
+            ),
+            doing=f"resize the terminal of {process_id!r} in container {container_id!r}",
+            deadline=self._deadline(timeout),
+        )
+
+    def close_stdin(self, container_id: str, process_id: str, *, timeout: float | None = None) -> None:
+        """Let a process's input end after what has been written to it.
+
+        The same as closing ``DirectIO.stdin``, but returns when it is done. A process that has ended is no error.
+
+        Raises:
+            NotFoundError: no such container or exec, or the container is not running.
+        """
+        deadline = self._deadline(timeout)
+        container = self._containers.get(container_id)
+        process = container.require_process(process_id)
+        stdin = (
+            None
+            if process.attached is None or process.attached.direct is None
+            else process.attached.direct.stdin
+        )
+        if stdin is None:
+            self._close_io(container, process, deadline)
+            return
+        stdin.close()
+        if not stdin.ended.wait(_finite(deadline.remaining())):
+            raise DeadlineExceededError(
+                f"cannot close the stdin of {process_id!r} in container {container_id!r} in time"
+            )
+
+    def pause(self, container_id: str, *, timeout: float | None = None) -> None:
+        """Freeze a container's processes.
+
+        Raises:
+            NotFoundError: no such container, or it is not running.
+            FailedPreconditionError: it is not in a state to be paused.
+        """
+        self._task_call(
+            container_id,
+            "pause",
+            self._connection.tasks.Pause,
+            tasks_pb2.PauseTaskRequest(container_id=container_id),
+            timeout,
+        )
+
+    def resume(self, container_id: str, *, timeout: float | None = None) -> None:
+        """Thaw a container's processes.
+
+        Raises:
+            NotFoundError: no such container, or it is not running.
+            FailedPreconditionError: it is not paused.
+        """
+        self._task_call(
+            container_id,
+            "resume",
+            self._connection.tasks.Resume,
+            tasks_pb2.ResumeTaskRequest(container_id=container_id),
+            timeout,
+        )
+
+    def status(self, container_id: str, *, timeout: float | None = None) -> Status:
+        """The state of a container's task, as containerd sees it now.
+
+        Raises:
+            NotFoundError: no such container, or it has no task.
+        """
+        answer = self._task_call(
+            container_id,
+            "ask for the status of",
+            self._connection.tasks.Get,
+            tasks_pb2.GetRequest(container_id=container_id),
+            timeout,
+        )
+        return catchup.status_of(answer.process)
+
+    def list_pids(self, container_id: str, *, timeout: float | None = None) -> list[int]:
+        """The pids of all of a container's processes, in the host's pid namespace.
+
+        Raises:
+            NotFoundError: no such container, or it is not running.
+        """
+        return [info.pid for info in self._list_pids(container_id, timeout)]
+
+    def summary(self, container_id: str, *, timeout: float | None = None) -> list[Summary]:
+        """A container's processes, with the names of those that this API started.
+
+        Raises:
+            NotFoundError: no such container, or it is not running.
+        """
+        processes = self._list_pids(container_id, timeout)
+        init = self._containers.get(container_id).require_task().pid
+        return [Summary(info.pid, _process_name(info, init)) for info in processes]
+
+    def _list_pids(self, container_id: str, timeout: float | None) -> list[task_pb2.ProcessInfo]:
+        answer = self._task_call(
+            container_id,
+            "list the processes of",
+            self._connection.tasks.ListPids,
+            tasks_pb2.ListPidsRequest(container_id=container_id),
+            timeout,
+        )
+        return list(answer.processes)
+
+    def _task_call(
+        self,
+        container_id: str,
+        verb: str,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> _Response:
+        deadline = self._deadline(timeout)
+        self._containers.get(container_id).require_task()
+        return self._connection.call(
+            method, request, doing=f"{verb} container {container_id!r}", deadline=deadline
+        )
+
+    # ------------------------------------------------------------------------------------------------ their ends
+
+    def wait(
+        self, container_id: str, process_id: str = INIT_PROCESS_NAME, *, timeout: float | None = None
+    ) -> ExitStatus:
+        """Wait until a process has ended, and say how.
+
+        For many callers, as often as they like: an exit that is known is answered at once, also after the process, or its
+        whole container, was deleted (a bounded number is remembered). The exit's event may still be on its way to the
+        backend, and output to its reader.
+
+        Raises:
+            NotFoundError: no such container or exec, or the container was never started.
+            DeadlineExceededError: it goes on. A broken connection is not an exit either: it is waited through.
+        """
+        deadline = self._deadline(timeout)
+        doing = f"wait for {process_id!r} in container {container_id!r}"
+        container = self._containers.find(container_id) or self._containers.deleted(container_id)
+        if container is None:
+            raise NotFoundError(f"cannot {doing}: no such container")
+        try:
+            process = container.require_process(process_id)
+        except NotFoundError:
+            if (status := container.last_exit(process_id)) is not None:
+                return status
+            raise
+        while True:
+            status = container.wait_exit(
+                process, min(deadline.remaining(), _ASK_AGAIN_SECONDS), self._cut.is_set
+            )
+            if status is not None:
+                return status
+            if self._cut.is_set():
+                raise CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
+            if container.is_gone(process):
+                raise NotFoundError(f"cannot {doing}: it never came to run")
+            if deadline.remaining() <= 0:
+                raise DeadlineExceededError(f"cannot {doing}: it has not ended in time")
+            self._ask(container, process)  # an event can get lost between the shim and containerd
+
+    def delete_task(self, container_id: str, *, timeout: float | None = None) -> ExitStatus:
+        """Delete the task of a container whose init has ended, and say how it ended.
+
+        Output that was written before the exit has reached the attached IO when this returns, as long as its reader takes
+        at least a byte in five seconds, and there is time.
+
+        Like the original's, this raises nothing of what can go wrong between here and containerd: the code is then 255,
+        the time now, and ``error`` says why. The task's record stays in that case, and the call can be repeated, except
+        when containerd no longer knows the task.
+        """
+        deadline = self._deadline(timeout)
+        try:
+            container = self._containers.get(container_id)
+            return self._delete_task(container, container.require_task(), deadline)
+        except LibcontainerdError as error:
+            self._log.warning("task_not_deleted", container=container_id, error=str(error))
+            return ExitStatus(255, datetime.now(UTC), error)
+
+    def _delete_task(self, container: Container, task: Process, deadline: Deadline) -> ExitStatus:
+        doing = f"delete the task of container {container.id!r}"
+        if not container.claim_removal(task, _finite(deadline.remaining())):
+            if task.exit is not None and container.is_gone(task):
+                return task.exit
+            raise DeadlineExceededError(f"cannot {doing}: another call is deleting it")
+        try:
+            if task.exit is None and not self._ask(container, task, doing=doing, deadline=deadline):
+                raise FailedPreconditionError(f"cannot {doing}: it has not ended; signal it and wait first")
+            for attached in container.attached():
+                attached.process_ended()
+            limit = max(1.0, deadline.remaining() - _DELETE_RESERVE_SECONDS)
+            drained = self._drain(container, container.attached(), limit)
+            try:
+                answer = self._connection.call(
+                    self._connection.tasks.Delete,
+                    tasks_pb2.DeleteTaskRequest(container_id=container.id),
+                    doing=doing,
+                    deadline=deadline,
+                )
+                container.note_exit(task, catchup.exit_status(answer.exit_status, answer.exited_at))
+            except NotFoundError:
+                pass  # deleted by another hand, or by a call of ours whose answer got lost: the exit is known
+        except BaseException:
+            container.release_removal(task)
+            raise
+        # The exit's event is before the deletion's answer in time, but comes on another stream.
+        if not container.wait_reported(task, _LATE_EVENT_SECONDS):
+            self._report_exit(container, task)
+        self._finish(task, drained=drained)
+        container.forget(task)
+        return task.exit or catchup.unknown_exit(None)
+
+    def _drain(self, container: Container, processes: list[Attached], limit: float) -> bool:
+        """Let the readers of output come to the end, and say whether they have."""
+        drained = drain([each.direct for each in processes if each.direct is not None], limit=limit)
+        if not drained:
+            self._log.warning("output_left_unread", container=container.id)
+        return drained
+
+    def _finish(self, process: Process, *, drained: bool) -> None:
+        """Close a deleted process's IO; streams that their owner still reads end with `close` at the latest."""
+        left = [] if process.attached is None else process.attached.finish(drained=drained)
+        with self._lock:
+            self._leftovers.update(left)
+
+    def _ask(
+        self, container: Container, process: Process, *, doing: str = "", deadline: Deadline | None = None
+    ) -> bool:
+        """Ask containerd whether a process has ended; if so, note it, report it, and say True.
+
+        Raises:
+            LibcontainerdError: the question could not be answered, and a deadline was given. Without one, an unanswered
+                question is a no.
+        """
+        try:
+            status = catchup.ask(
+                self._connection,
+                container.id,
+                _exec_id(process),
+                doing=doing or f"ask for {process.id!r} in container {container.id!r}",
+                deadline=deadline or Deadline(min(self._default_timeout, _CLEAN_UP_SECONDS)),
+            )
+        except LibcontainerdError:
+            if deadline is not None:
+                raise
+            return False
+        if status is None:
+            return False
+        if not container.wait_reported(
+            process, _LATE_EVENT_SECONDS
+        ):  # the event tells more, if it is only late
+            container.note_exit(process, status)
+            self._report_exit(container, process)
+        return True
+
+    def _close_io(self, container: Container, process: Process, deadline: Deadline) -> None:
+        """Have the shim let go of the process's stdin; a process that has ended needs it no more."""
+        try:
+            self._connection.call(
+                self._connection.tasks.CloseIO,
+                tasks_pb2.CloseIORequest(container_id=container.id, exec_id=_exec_id(process), stdin=True),
+                doing=f"close the stdin of {process.id!r} in container {container.id!r}",
+                deadline=deadline,
+            )
+        except LibcontainerdError as error:
+            if not isinstance(error, NotFoundError | FailedPreconditionError) and process.exit is None:
+                raise
+
+    def _stdin_closed(self, container: Container, process: Process, stream: InputStream) -> None:
+        self._background.append(
+            (container.id, process.id, "stdin"), partial(self._end_stdin, container, process, stream)
+        )
+
+    def _end_stdin(self, container: Container, process: Process, stream: InputStream) -> None:
+        try:
+            stream.end_input()
+            self._close_io(container, process, Deadline(_CLEAN_UP_SECONDS))
+        except LibcontainerdError as error:
+            if not self._closing.is_set():
+                self._log.warning(
+                    "stdin_not_closed", container=container.id, process=process.id, error=str(error)
+                )
+        finally:
+            stream.ended.set()
+
+    # --------------------------------------------------------------------------------------------- undoing a failure
+
+    def _undo_create(self, sent: containers_pb2.Container) -> None:
+        """Remove a container whose creation broke off, if it is there and really the one that was sent."""
+        doing = f"clean up after the creation of container {sent.id!r}"
+        try:
+            with self._connection_for_clean_up() as connection:
+                deadline = Deadline(_CLEAN_UP_SECONDS)
+                found = connection.call(
+                    connection.containers.Get,
+                    containers_pb2.GetContainerRequest(id=sent.id),
+                    doing=doing,
+                    deadline=deadline,
+                ).container
+                if (found.labels, found.spec) == (sent.labels, sent.spec):
+                    connection.call(
+                        connection.containers.Delete,
+                        containers_pb2.DeleteContainerRequest(id=sent.id),
+                        doing=doing,
+                        deadline=deadline,
+                    )
+        except NotFoundError:
+            pass
+        except LibcontainerdError as error:
+            self._log.error("clean_up_failed", container=sent.id, error=str(error))
+
+    def _destroy(self, container: Container, process: Process) -> None:
+        """Remove a process from containerd whatever its state is: not made, made, running or ended."""
+        doing = f"clean up after {process.id!r} in container {container.id!r}"
+        deadline = Deadline(_CLEAN_UP_SECONDS)
+        exec_id = _exec_id(process)
+        try:
+            with self._connection_for_clean_up() as connection:
+                while True:
+                    try:
+                        _delete_process(connection, container.id, exec_id, doing, deadline)
+                    except FailedPreconditionError:
+                        with suppress(NotFoundError):
+                            connection.call(
+                                connection.tasks.Kill,
+                                tasks_pb2.KillRequest(
+                                    container_id=container.id, exec_id=exec_id, signal=signals.SIGKILL
+                                ),
+                                doing=doing,
+                                deadline=deadline,
+                            )
+                        container.wait_exit(process, 0.05)
+                    else:
+                        return
+        except NotFoundError:
+            pass
+        except LibcontainerdError as error:
+            self._log.error("clean_up_failed", container=container.id, process=process.id, error=str(error))
+
+    @contextmanager
+    def _connection_for_clean_up(self) -> Iterator[Connection]:
+        """The client's connection, or a fresh one when `close` has taken that away: what was begun is undone all the same."""
+        if not self._closing.is_set():
+            yield self._connection
+            return
+        connection = self._connection.reopen()
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _receive(self, envelope: Envelope) -> None:
+        """Take one message of the subscription; runs on the reading thread, so it decodes, notes and queues."""
+        if envelope.namespace != self._namespace:
+            return
+        try:
+            event = decode(envelope)
+        except MalformedEvent as error:
+            self._log.warning("event_malformed", topic=envelope.topic, error=str(error))
+            return
+        if event is None:
+            return
+        container = self._containers.find(event.info.container_id)
+        if container is None:
+            self._log.debug(
+                "event_of_unknown_container", container=event.info.container_id, event_type=event.type
+            )
+            return
+        process = container.process_of(event.info.process_id)
+        info = container.apply(event.type, event.info)
+        if info is None:
+            self._log.debug("event_again", container=container.id, process=event.info.process_id)
+        elif event.type is EventType.EXIT:
+            self._queue_exit(container, process, info)
+        else:
+            self._events.append(container.id, partial(self._deliver, event.type, info))
+
+    def _report_exit(self, container: Container, process: Process) -> None:
+        """Queue the exit of a process that was found out by asking, unless its event was faster."""
+        info = container.claim_report(process)
+        if info is not None:
+            self._queue_exit(container, process, info)
+
+    def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
+        if process is not None and process.attached is not None:
+            self._background.append((container.id, process.id, "io"), process.attached.process_ended)
+        self._events.append(container.id, partial(self._deliver_exit, container, process, info))
+        if process is not None and process.id == INIT_PROCESS_NAME and container.running_execs():
+            self._background.append((container.id, "execs"), partial(self._ask_for_execs, container))
+
+    def _deliver(self, event: EventType, info: EventInfo) -> None:
+        if self._backend is None:
+            return
+        try:
+            self._backend.process_event(info.container_id, event, info)
+        except Exception:  # noqa: BLE001 - a backend's error is logged, and the next event delivered
+            self._log.exception(
+                "backend_failed", container=info.container_id, process=info.process_id, event_type=str(event)
+            )
+
+    def _deliver_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
+        self._deliver(EventType.EXIT, info)
+        if process is not None and process.id != INIT_PROCESS_NAME:
+            self._background.append(
+                (container.id, process.id), partial(self._clean_up_exec, container, process)
+            )
+
+    def _clean_up_exec(self, container: Container, process: Process) -> None:
+        """Let an ended exec's output to its end, delete it in containerd, and forget it."""
+        if not container.claim_removal(process, 0):
+            return
+        attached = [] if process.attached is None else [process.attached]
+        drained = self._drain(container, attached, _EXEC_DRAIN_SECONDS)
+        try:
+            _delete_process(
+                self._connection,
+                container.id,
+                process.id,
+                f"delete exec {process.id!r} of container {container.id!r}",
+                Deadline(_CLEAN_UP_SECONDS),
+            )
+        except NotFoundError:
+            pass
+        except LibcontainerdError as error:
+            if not self._closing.is_set():
+                self._log.warning(
+                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
+                )
+        self._finish(process, drained=drained)
+        container.forget(process)
+
+    def _ask_for_execs(self, container: Container) -> None:
+        """After init's end: find out about execs whose exits do not follow. A shim that was killed reports init alone."""
+        pause = 0.5
+        while pause < _CLEAN_UP_SECONDS and not self._closing.is_set():
+            container.wait_execs(pause)
+            running = container.running_execs()
+            if not running:
+                return
+            for process in running:
+                self._ask(container, process)
+            pause *= 2
+
+    def _catch_up(self) -> None:
+        """After a gap in the stream: ask for every process whose exit is not known."""
+        for container in self._containers.all():
+            for process in container.running():
+                self._ask(container, process)
+
+    def _report_backlog(self, key: object, length: int) -> None:
+        self._log.warning("events_pile_up", container=key, waiting=length)
+
+    # ------------------------------------------------------------------------------------------------------- closing
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop: no more events, calls and IO; containers keep running. Idempotent.
+
+        Reads no further events, lets those that are queued finish as long as there is time, cancels calls that are under
+        way and IO that is attached, and closes the channel. Calls from other threads return when the first has done so.
+
+        Args:
+            timeout: Seconds after which this returns in any case. A backend that is still blocked then keeps its thread.
+        """
+        deadline = time.monotonic() + timeout
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
+        with self._lock:
+            first = not self._closing.is_set()
+            self._closing.set()
+        if not first:
+            self._closed.wait(left())
+            return
+        _live_clients.discard(self)
+        self._subscriber.close(left())
+        undelivered = self._events.close(left())
+        if undelivered:
+            self._log.warning("events_undelivered", events=undelivered)
+        self._background.close(left() / 2)
+        self._cut.set()
+        for container in self._containers.all():
+            for attached in container.attached():
+                attached.abandon()
+            container.wake()
+        with self._lock:
+            leftovers = list(self._leftovers)
+        for stream in leftovers:
+            stream.shut()
+        self._connection.close()
+        self._background.close(left())
+        self._closed.set()
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(self._default_timeout if timeout is None else timeout)
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """A program that ends without closing its clients must not hang in gRPC's threads."""
+    for client in list(_live_clients):
+        client.close(timeout=1.0)
+
+
+def _finite(seconds: float) -> float:
+    return min(seconds, threading.TIMEOUT_MAX)
+
+
+def _exec_id(process: Process) -> str:
+    """What containerd calls it: nothing for init."""
+    return "" if process.id == INIT_PROCESS_NAME else process.id
+
+
+def _delete_process(
+    connection: Connection, container_id: str, exec_id: str, doing: str, deadline: Deadline
+) -> None:
+    if exec_id:
+        connection.call(
+            connection.tasks.DeleteProcess,
+            tasks_pb2.DeleteProcessRequest(container_id=container_id, exec_id=exec_id),
+            doing=doing,
+            deadline=deadline,
+        )
+    else:
+        connection.call(
+            connection.tasks.Delete,
+            tasks_pb2.DeleteTaskRequest(container_id=container_id),
+            doing=doing,
+            deadline=deadline,
+        )
+
+
+def _process_name(info: task_pb2.ProcessInfo, init: int) -> str:
+    if info.pid == init:
+        return INIT_PROCESS_NAME
+    if not info.HasField("info") or not typeurl.is_a(info.info, ProcessDetails):
+        return ""
+    try:
+        return typeurl.unpack(info.info, ProcessDetails).exec_id
+    except typeurl.DecodeError as error:
+        raise SystemFailureError(
+            f"cannot read what containerd says of process {info.pid}: {error}"
+        ) from error
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    for key, value in labels.items():
+        if not key:
+            raise InvalidParameterError("a label's key must not be empty")
+        if key == BUNDLE_LABEL:
+            raise InvalidParameterError(f"label {key!r} is this library's own")
+        if len(key.encode()) + len(value.encode()) > LABEL_BYTES:
+            raise InvalidParameterError(
+                f"label {key[:80]!r}: key and value have more than {LABEL_BYTES} bytes together"
+            )

@@ -1,8 +1,8 @@
 """The OCI runtime-spec 1.3.0 for Linux: models, documents, a default spec, builders, and a strict check.
 
-This is to Python what `specs-go` and containerd's `oci` package are to Go. Documents come in by `parse_spec` and its
-kin and leave by `dump`, equal to what they were; `default_spec` and the `with_...` functions make new ones; `validate`
-says where a document breaks the specification's schema.
+This is to Python what `specs-go` and containerd's `oci` package are to Go. Documents come in by `parse_spec`
+and its kin and leave by `dump`, equal to what they were; `default_spec` and the `with_...` functions make new
+ones; `validate` says where a document breaks the specification's schema.
 """
 
 from libcontainerd.oci._base import Model

@@ -74,8 +74,8 @@ REQUIRED = Rule(required=True)
 class _NullElement:
     """Lets an element of an array or map be null, which Go's decoder takes as the zero value.
 
-    The annotation stays `str`, `int` or a model: a null element is legal to Go but written by nobody on purpose, and
-    every reader of `process.args` would pay for it. `validate` reports it.
+    The annotation stays `str`, `int` or a model: a null element is legal to Go but written by nobody on
+    purpose, and every reader of `process.args` would pay for it. `validate` reports it.
     """
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -114,8 +114,8 @@ def copy_json(value: object, path: str = "", depth: int = 1) -> object:
     """Copy a JSON value, refusing what JSON cannot say and what nests too deeply.
 
     Raises:
-        PydanticCustomError: for another type, a number that is not finite, a string that is not Unicode text, a key
-            that is not a string, or more than `MAX_DEPTH` levels (which a cycle has, too).
+        PydanticCustomError: for another type, a number that is not finite, a string that is not Unicode text,
+            a key that is not a string, or more than `MAX_DEPTH` levels (which a cycle has, too).
     """
     if value is None or isinstance(value, bool | int):
         return value
@@ -153,7 +153,7 @@ def is_text(value: str) -> bool:
 
 
 def join(path: str, member: str) -> str:
-    """Add a member to a path: `linux.resources`, or `annotations["a.b"]` where the name has other characters."""
+    """Add a member to a path: `linux.resources`, or `annotations["a.b"]` for a name like that."""
     if not member.replace("-", "_").isidentifier():
         return f'{path}["{member}"]'
     return f"{path}.{member}" if path else member
@@ -201,13 +201,13 @@ AnyObject = Annotated[JSONObject, _JSONObject()]
 class Model(BaseModel):
     """A runtime-spec object.
 
-    Attributes are the specification's members in snake_case. `None` is a member that is unset (or null in the document
-    it came from); which of the two is remembered, so that writing gives back what was read. Members that the model does
-    not know are kept, and are in `model_extra`.
+    Attributes are the specification's members in snake_case. `None` is a member that is unset (or null in the
+    document it came from); which of the two is remembered, so that writing gives back what was read. Members
+    that the model does not know are kept, and are in `model_extra`.
 
     Constructing a model and assigning to an attribute check the value as Go's decoder would and raise
-    `pydantic.ValidationError`, a `ValueError`. Instances are plain mutable data: share one between threads only while
-    nobody changes it.
+    `pydantic.ValidationError`, a `ValueError`. Instances are plain mutable data: share one between threads
+    only while nobody changes it.
     """
 
     model_config = ConfigDict(
@@ -223,8 +223,8 @@ class Model(BaseModel):
         defer_build=True,
     )
 
-    # Evaluated here and now (no postponed annotations in this module): pydantic before 2.12 looks for the names of a
-    # postponed one in the module of the subclass.
+    # Evaluated here and now (no postponed annotations in this module): pydantic before 2.12 looks for the
+    # names of a postponed one in the module of the subclass.
     __pydantic_extra__: dict[str, AnyJSON]
 
     def __repr_args__(self) -> Iterator[tuple[str | None, object]]:

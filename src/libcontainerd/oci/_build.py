@@ -52,9 +52,11 @@ class Option:
 def build(spec: Spec, *options: SpecOption) -> Spec:
     """Apply options to a spec, one after the other.
 
-    An option is any function from spec to spec: those of this module, or your own. None changes what it is given.
+    An option is any function from spec to spec: those of this module, or your own. None changes what it is
+    given.
 
-    >>> spec = build(default_spec(), with_args("sleep", "60"), with_hostname("worker"))
+    >>> from libcontainerd import oci
+    >>> spec = oci.build(oci.default_spec(), oci.with_args("sleep", "60"), oci.with_hostname("worker"))
     >>> spec.process.args, spec.hostname
     (['sleep', '60'], 'worker')
 

@@ -26,7 +26,8 @@ _LEAST_MICROSECONDS, _MOST_MICROSECONDS = 1_000, 1_000_000
 def with_memory_limit(limit: int, *, swap: int | None = None, reservation: int | None = None) -> SpecOption:
     """Limit the container's memory.
 
-    >>> build(default_spec(), with_memory_limit(64 << 20)).linux.resources.memory
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_memory_limit(64 << 20)).linux.resources.memory
     LinuxMemory(limit=67108864)
 
     Args:
@@ -60,7 +61,8 @@ def with_memory_limit(limit: int, *, swap: int | None = None, reservation: int |
 def with_cpu_limit(cpus: float, *, period: int = 100_000) -> SpecOption:
     """Limit the container's CPU time.
 
-    >>> build(default_spec(), with_cpu_limit(1.5)).linux.resources.cpu
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_cpu_limit(1.5)).linux.resources.cpu
     LinuxCPU(quota=150000, period=100000)
 
     Args:
@@ -68,7 +70,8 @@ def with_cpu_limit(cpus: float, *, period: int = 100_000) -> SpecOption:
         period: Over how many microseconds the time is measured out, from 1,000 to 1,000,000.
 
     Raises:
-        InvalidParameterError: if the period is out of bounds, or `cpus` gives less than 1,000 microseconds in it.
+        InvalidParameterError: if the period is out of bounds, or `cpus` gives less than 1,000 microseconds in
+            it.
     """
     if not _LEAST_MICROSECONDS <= period <= _MOST_MICROSECONDS:
         raise InvalidParameterError(f"with_cpu_limit: {period=} must be from 1000 to 1000000 microseconds")
@@ -87,7 +90,8 @@ def with_cpu_limit(cpus: float, *, period: int = 100_000) -> SpecOption:
 def with_cpu_shares(shares: int) -> SpecOption:
     """Set the container's weight against others where CPUs are short: 1024 is one ordinary share.
 
-    >>> build(default_spec(), with_cpu_shares(512)).linux.resources.cpu.shares
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_cpu_shares(512)).linux.resources.cpu.shares
     512
     """
 
@@ -100,7 +104,8 @@ def with_cpu_shares(shares: int) -> SpecOption:
 def with_cpuset(cpus: str, *, mems: str | None = None) -> SpecOption:
     """Keep the container on some CPUs, and on the memory of some NUMA nodes.
 
-    >>> build(default_spec(), with_cpuset("0-1", mems="0")).linux.resources.cpu
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_cpuset("0-1", mems="0")).linux.resources.cpu
     LinuxCPU(cpus='0-1', mems='0')
 
     Args:
@@ -127,7 +132,8 @@ def _cpu(spec: Spec) -> LinuxCPU:
 def with_pids_limit(limit: int) -> SpecOption:
     """Limit how many processes and threads the container may have at a time; -1 is no limit.
 
-    >>> build(default_spec(), with_pids_limit(100)).linux.resources.pids.limit
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_pids_limit(100)).linux.resources.pids.limit
     100
 
     Raises:
@@ -147,7 +153,8 @@ def with_pids_limit(limit: int) -> SpecOption:
 def with_namespace(kind: str, path: str | None = None) -> SpecOption:
     """Give the container a namespace of its own, or let it join one.
 
-    >>> build(default_spec(), with_namespace("pid", "/proc/4321/ns/pid")).linux.namespaces[0]
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_namespace("pid", "/proc/4321/ns/pid")).linux.namespaces[0]
     LinuxNamespace(type='pid', path='/proc/4321/ns/pid')
 
     Args:
@@ -173,7 +180,8 @@ def with_namespace(kind: str, path: str | None = None) -> SpecOption:
 def with_network_namespace(path: str) -> SpecOption:
     """Let the container join a network namespace that is already there, such as one made by `ip netns add`.
 
-    >>> build(default_spec(), with_network_namespace("/run/netns/blue")).linux.namespaces[-2]
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_network_namespace("/run/netns/blue")).linux.namespaces[-2]
     LinuxNamespace(type='network', path='/run/netns/blue')
 
     Args:
@@ -188,7 +196,8 @@ def with_network_namespace(path: str) -> SpecOption:
 def without_namespace(kind: str) -> SpecOption:
     """Let the container share a namespace with the host; no error if it does already.
 
-    >>> spec = build(default_spec(), without_namespace("network"))
+    >>> from libcontainerd import oci
+    >>> spec = oci.build(oci.default_spec(), oci.without_namespace("network"))
     >>> [namespace.type for namespace in spec.linux.namespaces]
     ['pid', 'ipc', 'uts', 'mount', 'cgroup']
 
@@ -234,8 +243,9 @@ def with_user_namespace(
 
     The root filesystem should belong to the mapped users, and every directory above it must let them pass.
 
-    >>> mapping = LinuxIDMapping(container_id=0, host_id=100000, size=65536)
-    >>> spec = build(default_spec(), with_user_namespace([mapping]))
+    >>> from libcontainerd import oci
+    >>> mapping = oci.LinuxIDMapping(container_id=0, host_id=100000, size=65536)
+    >>> spec = oci.build(oci.default_spec(), oci.with_user_namespace([mapping]))
     >>> spec.linux.uid_mappings[0].host_id, spec.linux.namespaces[-1].type
     (100000, 'user')
 
@@ -253,7 +263,8 @@ def with_user_namespace(
     for mapping in (*uids, *gids):
         if mapping.container_id is None or mapping.host_id is None or not mapping.size:
             raise InvalidParameterError(
-                f"with_user_namespace: a mapping needs container_id, host_id and a size above 0, not {mapping!r}"
+                "with_user_namespace: a mapping needs container_id, host_id and a size above 0,"
+                f" not {mapping!r}"
             )
 
     def edit(spec: Spec) -> None:
@@ -268,18 +279,20 @@ def with_user_namespace(
 def with_devices(*devices: LinuxDevice | str | os.PathLike[str], access: str = "rwm") -> SpecOption:
     """Make devices in the container, and let it use them.
 
-    >>> spec = build(default_spec(), with_devices(LinuxDevice(path="/dev/fuse", type="c", major=10, minor=229)))
+    >>> from libcontainerd import oci
+    >>> fuse = oci.LinuxDevice(path="/dev/fuse", type="c", major=10, minor=229)
+    >>> spec = oci.build(oci.default_spec(), oci.with_devices(fuse))
     >>> spec.linux.devices[-1].path, spec.linux.resources.devices[-1].minor
     ('/dev/fuse', 229)
 
     Args:
-        *devices: Either a full description, or the path of a device of this host, which is looked at now and appears
-            in the container under the same path, with the same owner and mode.
+        *devices: Either a full description, or the path of a device of this host, which is looked at now and
+            appears in the container under the same path, with the same owner and mode.
         access: What the device cgroup allows: some of `r`, `w` and `m` (mknod).
 
     Raises:
-        InvalidParameterError: if a path is no device, a description lacks its path, type, major or minor, or `access`
-            is something else.
+        InvalidParameterError: if a path is no device, a description lacks its path, type, major or minor, or
+            `access` is something else.
     """
     if not access or set(access) - set("rwm"):
         raise InvalidParameterError(f"with_devices: access must be some of rwm, not {access!r}")
@@ -344,7 +357,8 @@ def _host_device(path: str) -> LinuxDevice:
 def with_annotations(annotations: Mapping[str, str]) -> SpecOption:
     """Add annotations; others stay, and one of the same name is replaced.
 
-    >>> build(default_spec(), with_annotations({"org.example.job": "7"})).annotations
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_annotations({"org.example.job": "7"})).annotations
     {'org.example.job': '7'}
 
     Raises:
@@ -363,7 +377,8 @@ def with_annotations(annotations: Mapping[str, str]) -> SpecOption:
 def with_sysctl(settings: Mapping[str, str]) -> SpecOption:
     """Set kernel parameters of the container's own namespaces; others stay.
 
-    >>> build(default_spec(), with_sysctl({"net.ipv4.ip_forward": "1"})).linux.sysctl
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_sysctl({"net.ipv4.ip_forward": "1"})).linux.sysctl
     {'net.ipv4.ip_forward': '1'}
     """
     wanted = dict(settings)
@@ -378,12 +393,13 @@ def with_sysctl(settings: Mapping[str, str]) -> SpecOption:
 def with_cgroup_path(path: str) -> SpecOption:
     """Say which cgroup the container goes into; the runtime chooses one if nobody does.
 
-    >>> build(default_spec(), with_cgroup_path("/jobs/7")).linux.cgroups_path
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_cgroup_path("/jobs/7")).linux.cgroups_path
     '/jobs/7'
 
     Args:
-        path: Below the cgroup mount: absolute, or relative to a place that the runtime chooses. For the systemd driver
-            it is `slice:prefix:name`.
+        path: Below the cgroup mount: absolute, or relative to a place that the runtime chooses. For the
+            systemd driver it is `slice:prefix:name`.
 
     Raises:
         InvalidParameterError: if the path is empty, or has a `..` in it.
@@ -402,12 +418,14 @@ def with_seccomp(profile: LinuxSeccomp | None = None) -> SpecOption:
 
     Put it after what changes the capabilities: the default profile allows the calls that they are for.
 
-    >>> seccomp = build(default_spec(), with_seccomp()).linux.seccomp
+    >>> from libcontainerd import oci
+    >>> seccomp = oci.build(oci.default_spec(), oci.with_seccomp()).linux.seccomp
     >>> seccomp.default_action, seccomp.default_errno_ret
     ('SCMP_ACT_ERRNO', 1)
 
     Args:
-        profile: The filter; `default_seccomp_profile` for the spec's bounding capabilities and this machine if None.
+        profile: The filter; `default_seccomp_profile` for the spec's bounding capabilities and this machine
+            if None.
     """
     given = None if profile is None else profile.model_copy(deep=True)
 

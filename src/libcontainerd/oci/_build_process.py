@@ -85,7 +85,8 @@ _RLIMITS = tuple(
 def with_args(*args: str) -> SpecOption:
     """Set the program and its arguments.
 
-    >>> build(default_spec(), with_args("echo", "hello")).process.args
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_args("echo", "hello")).process.args
     ['echo', 'hello']
 
     Raises:
@@ -103,11 +104,13 @@ def with_args(*args: str) -> SpecOption:
 def with_env(variables: Mapping[str, str]) -> SpecOption:
     """Set environment variables; others stay, and one of the same name keeps its place.
 
-    >>> build(default_spec(), with_env({"PATH": "/bin", "LANG": "C.UTF-8"})).process.env
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_env({"PATH": "/bin", "LANG": "C.UTF-8"})).process.env
     ['PATH=/bin', 'LANG=C.UTF-8']
 
     Raises:
-        InvalidParameterError: if a name is empty or has `=` in it, or a name or value is not text or holds a NUL.
+        InvalidParameterError: if a name is empty or has `=` in it, or a name or value is not text or holds a
+            NUL.
     """
     wanted = {
         text(name, "with_env", "a name"): text(value, "with_env", str(name))
@@ -126,7 +129,8 @@ def with_env(variables: Mapping[str, str]) -> SpecOption:
 def without_env(*names: str) -> SpecOption:
     """Take environment variables away; one that is not there is no error.
 
-    >>> build(default_spec(), without_env("PATH")).process.env
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.without_env("PATH")).process.env
     []
     """
 
@@ -140,7 +144,8 @@ def without_env(*names: str) -> SpecOption:
 def with_cwd(path: str) -> SpecOption:
     """Set the working directory, an absolute path in the container. The runtime makes it if it is not there.
 
-    >>> build(default_spec(), with_cwd("/srv")).process.cwd
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_cwd("/srv")).process.cwd
     '/srv'
 
     Raises:
@@ -161,7 +166,8 @@ def with_user(
 
     A user other than 0 has none of the capabilities, unless `with_capabilities` makes them ambient.
 
-    >>> build(default_spec(), with_user(1000, 1000, additional_gids=[44])).process.user
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_user(1000, 1000, additional_gids=[44])).process.user
     User(uid=1000, gid=1000, additional_gids=[44])
 
     Args:
@@ -186,7 +192,8 @@ def with_user(
 def with_rootfs(path: str | os.PathLike[str], *, readonly: bool = False) -> SpecOption:
     """Set the directory that becomes the container's root filesystem.
 
-    >>> build(default_spec(), with_rootfs("/var/lib/app/rootfs", readonly=True)).root
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_rootfs("/var/lib/app/rootfs", readonly=True)).root
     Root(path='/var/lib/app/rootfs', readonly=True)
 
     Args:
@@ -204,7 +211,8 @@ def with_rootfs(path: str | os.PathLike[str], *, readonly: bool = False) -> Spec
 def with_hostname(name: str) -> SpecOption:
     """Set the host name. The spec needs a `uts` namespace of its own for it, as the default one has.
 
-    >>> build(default_spec(), with_hostname("worker-1")).hostname
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_hostname("worker-1")).hostname
     'worker-1'
 
     Raises:
@@ -222,8 +230,10 @@ def with_hostname(name: str) -> SpecOption:
 def with_mounts(*mounts: Mount) -> SpecOption:
     """Add mounts, in this order after those that are there; one on the same destination takes its place.
 
-    >>> scratch = Mount(destination="/scratch", type="tmpfs", source="tmpfs", options=["nosuid", "size=16m"])
-    >>> build(default_spec(), with_mounts(scratch)).mounts[-1].options
+    >>> from libcontainerd import oci
+    >>> options = ["nosuid", "size=16m"]
+    >>> scratch = oci.Mount(destination="/scratch", type="tmpfs", source="tmpfs", options=options)
+    >>> oci.build(oci.default_spec(), oci.with_mounts(scratch)).mounts[-1].options
     ['nosuid', 'size=16m']
 
     Raises:
@@ -251,13 +261,15 @@ def with_bind(
 ) -> SpecOption:
     """Show a file or directory of the host in the container, private to it.
 
-    >>> build(default_spec(), with_bind("/srv/data", "/data", readonly=True)).mounts[-1]
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_bind("/srv/data", "/data", readonly=True)).mounts[-1]
     Mount(destination='/data', type='bind', source='/srv/data', options=['rbind', 'rprivate', 'ro'])
 
     Args:
         source: An absolute path on the host, which must be there when the container starts.
         destination: An absolute path in the container.
-        readonly: Mount it read-only. What is mounted below the source stays writable, where `recursive` brings it in.
+        readonly: Mount it read-only. What is mounted below the source stays writable, where `recursive`
+            brings it in.
         recursive: Bring in what is mounted below the source.
 
     Raises:
@@ -272,7 +284,9 @@ def with_bind(
 def without_mounts(*destinations: str) -> SpecOption:
     """Take away the mounts on these destinations; one that is not there is no error.
 
-    >>> [m.destination for m in build(default_spec(), without_mounts("/sys/fs/cgroup", "/run")).mounts]
+    >>> from libcontainerd import oci
+    >>> spec = oci.build(oci.default_spec(), oci.without_mounts("/sys/fs/cgroup", "/run"))
+    >>> [mount.destination for mount in spec.mounts]
     ['/proc', '/dev', '/dev/pts', '/dev/shm', '/dev/mqueue', '/sys']
     """
     unwanted = {os.path.normpath(destination) for destination in destinations}
@@ -293,7 +307,8 @@ def with_terminal(*, width: int | None = None, height: int | None = None) -> Spe
 
     `TERM` becomes `xterm` unless it is set.
 
-    >>> process = build(default_spec(), with_terminal(width=80, height=24)).process
+    >>> from libcontainerd import oci
+    >>> process = oci.build(oci.default_spec(), oci.with_terminal(width=80, height=24)).process
     >>> process.terminal, process.console_size, process.env[-1]
     (True, Box(height=24, width=80), 'TERM=xterm')
 
@@ -324,16 +339,17 @@ def with_capabilities(
 ) -> SpecOption:
     """Add and drop capabilities; what is added and dropped at once is added.
 
-    >>> option = with_capabilities(drop=["ALL"], add=["NET_BIND_SERVICE", "cap_chown"])
-    >>> build(default_spec(), option).process.capabilities.bounding
+    >>> from libcontainerd import oci
+    >>> option = oci.with_capabilities(drop=["ALL"], add=["NET_BIND_SERVICE", "cap_chown"])
+    >>> oci.build(oci.default_spec(), option).process.capabilities.bounding
     ['CAP_CHOWN', 'CAP_NET_BIND_SERVICE']
 
     Args:
-        add: Names as in capabilities(7), with or without `CAP_`, in any case; `ALL` is every one that there is. They
-            go to the bounding, permitted and effective sets.
+        add: Names as in capabilities(7), with or without `CAP_`, in any case; `ALL` is every one that there
+            is. They go to the bounding, permitted and effective sets.
         drop: Names in the same way; they go from all five sets.
-        ambient: Put what is added into the inheritable and ambient sets as well, so that a user other than root has
-            it too.
+        ambient: Put what is added into the inheritable and ambient sets as well, so that a user other than
+            root has it too.
 
     Raises:
         InvalidParameterError: for a name that Linux does not know: the runtime would only log it.
@@ -376,7 +392,8 @@ def with_no_new_privileges(enabled: bool = True) -> SpecOption:
 
     `default_spec` forbids it. Where `sudo` or `su` must work in the container, pass False.
 
-    >>> build(default_spec(), with_no_new_privileges(False)).process.no_new_privileges
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_no_new_privileges(False)).process.no_new_privileges
     False
     """
 
@@ -389,7 +406,8 @@ def with_no_new_privileges(enabled: bool = True) -> SpecOption:
 def with_rlimit(kind: str, soft: int, hard: int | None = None) -> SpecOption:
     """Set a resource limit of the process.
 
-    >>> build(default_spec(), with_rlimit("NOFILE", 4096)).process.rlimits
+    >>> from libcontainerd import oci
+    >>> oci.build(oci.default_spec(), oci.with_rlimit("NOFILE", 4096)).process.rlimits
     [POSIXRlimit(type='RLIMIT_NOFILE', hard=4096, soft=4096)]
 
     Args:
@@ -421,9 +439,11 @@ def _kind(limit: POSIXRlimit | None) -> str | None:
 
 
 def exec_process(spec: Spec, *args: str) -> Process:
-    """Make the process of an exec: the container's own environment, user, limits and capabilities, another program.
+    """Make the process of an exec: as the container's own, but for the program.
 
-    >>> process = exec_process(build(default_spec(), with_terminal(), with_cwd("/srv")), "ps", "-o", "pid")
+    >>> from libcontainerd import oci
+    >>> spec = oci.build(oci.default_spec(), oci.with_terminal(), oci.with_cwd("/srv"))
+    >>> process = oci.exec_process(spec, "ps", "-o", "pid")
     >>> process.args, process.cwd, process.terminal
     (['ps', '-o', 'pid'], '/srv', False)
 

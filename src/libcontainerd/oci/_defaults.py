@@ -31,10 +31,11 @@ DEFAULT_CAPABILITIES = (
 # destination, type, source, options
 _MOUNTS = (
     ("/proc", "proc", "proc", "nosuid noexec nodev"),
-    # Without a mount of its own on /dev, runc makes the device nodes in the root filesystem and leaves them there.
+    # Without a mount of its own on /dev, runc makes the device nodes in the root filesystem and leaves them
+    # there.
     ("/dev", "tmpfs", "tmpfs", "nosuid strictatime mode=755 size=65536k"),
     ("/dev/pts", "devpts", "devpts", "nosuid noexec newinstance ptmxmode=0666 mode=0620 gid=5"),
-    ("/dev/shm", "tmpfs", "shm", "nosuid noexec nodev mode=1777 size=65536k"),  # noqa: S108 (in the container)
+    ("/dev/shm", "tmpfs", "shm", "nosuid noexec nodev mode=1777 size=65536k"),  # noqa: S108
     ("/dev/mqueue", "mqueue", "mqueue", "nosuid noexec nodev"),
     ("/sys", "sysfs", "sysfs", "nosuid noexec nodev ro"),
     ("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid noexec nodev relatime ro"),
@@ -79,14 +80,14 @@ _DEVICE_RULES = (
 def default_spec() -> Spec:
     """Give the spec of an ordinary container: what `ctr run` and the Docker daemon agree on, on Linux.
 
-    It runs `sh` as root in the directory `rootfs` of the bundle, with namespaces of its own (all but user and time), a
-    `/dev` of its own, fourteen capabilities, no new privileges, 1024 open files, the common devices, and the kernel's
-    tell-tale files masked or read-only. It needs no file on the host, and does not depend on the machine that it is
-    made on.
+    It runs `sh` as root in the directory `rootfs` of the bundle, with namespaces of its own (all but user and
+    time), a `/dev` of its own, fourteen capabilities, no new privileges, 1024 open files, the common devices,
+    and the kernel's tell-tale files masked or read-only. It needs no file on the host, and does not depend on
+    the machine that it is made on.
 
-    Where those two differ: no new privileges, the open-files limit and `/run` are `ctr`'s; the cgroup mount is
-    Docker's, and its private cgroup namespace is Docker's on cgroup v2. There is no seccomp filter (`with_seccomp`
-    adds one) and no cgroup path (`with_cgroup_path`): without one the runtime chooses.
+    Where those two differ: no new privileges, the open-files limit and `/run` are `ctr`'s; the cgroup mount
+    is Docker's, and its private cgroup namespace is Docker's on cgroup v2. There is no seccomp filter
+    (`with_seccomp` adds one) and no cgroup path (`with_cgroup_path`): without one the runtime chooses.
 
     Returns:
         A new spec each time.

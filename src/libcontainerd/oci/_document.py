@@ -27,18 +27,18 @@ def parse_spec(document: Spec | Mapping[str, object] | str | bytes) -> Spec:
     """Read a spec as Go's decoder would, but strictly.
 
     Args:
-        document: JSON text, a mapping with the specification's own member names, or a `Spec` (which is checked again,
-            because its lists may have been changed since). The result shares nothing with it.
+        document: JSON text, a mapping with the specification's own member names, or a `Spec` (which is
+            checked again, because its lists may have been changed since). The result shares nothing with it.
 
     Returns:
         A new `Spec`. `dump` gives back a document equal to what was read.
 
     Raises:
-        InvalidParameterError: naming the path and what was found there, for everything that Go's `encoding/json`
-            refuses for the types of runtime-spec 1.3.0, and beyond that: a member that occurs twice, a member whose
-            name differs from a known one in case alone (Go would take it for that one, most readers would not),
-            NaN and infinities, text that is not Unicode, more than 100 levels of nesting, a document that is not an
-            object.
+        InvalidParameterError: naming the path and what was found there, for everything that Go's
+            `encoding/json` refuses for the types of runtime-spec 1.3.0, and beyond that: a member that occurs
+            twice, a member whose name differs from a known one in case alone (Go would take it for that one,
+            most readers would not), NaN and infinities, text that is not Unicode, more than 100 levels of
+            nesting, a document that is not an object.
     """
     return parse(document, Spec, "spec")
 
@@ -64,11 +64,11 @@ def parse_features(document: Features | Mapping[str, object] | str | bytes) -> F
 
 
 def dump(document: Model) -> bytes:
-    """Write a model as JSON, in UTF-8: members that were never set are left out, those set to `None` are null.
+    """Write a model as JSON, in UTF-8: what was never set is left out, what was set to `None` is null.
 
     Raises:
-        InvalidParameterError: if something of another type has been put into one of the model's lists or maps since
-            it was made. Widths are not checked again; `parse_spec` does.
+        InvalidParameterError: if something of another type has been put into one of the model's lists or maps
+            since it was made. Widths are not checked again; `parse_spec` does.
     """
     try:
         return document.model_dump_json(by_alias=True, exclude_unset=True, warnings="error").encode()
@@ -77,7 +77,9 @@ def dump(document: Model) -> bytes:
 
 
 def to_mapping(document: Model) -> dict[str, object]:
-    """Give a model as a new plain `dict` with the specification's own member names; as `dump`, but not as text.
+    """Give a model as a new plain `dict` with the specification's own member names.
+
+    As `dump`, but not as text.
 
     Raises:
         InvalidParameterError: if an unknown member has been made to contain itself.
@@ -193,7 +195,8 @@ def problems(error: ValidationError, section: str = "") -> str:
 
 
 def _path(error: ErrorDetails, section: str) -> str:
-    # pydantic marks an error in a map's key, rather than its value, by this step; Go has no such errors, Python has.
+    # pydantic marks an error in a map's key, rather than its value, by this step; Go has no such errors,
+    # Python has.
     path = path_of((step for step in error["loc"] if step != "[key]"), section)
     inner = str(error["ctx"]["inner"]) if error["type"] == "json_value" else ""
     if inner:

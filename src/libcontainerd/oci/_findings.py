@@ -29,13 +29,14 @@ class Finding:
 def validate(document: Model) -> list[Finding]:
     """Check a document against the JSON schema of runtime-spec 1.3.0.
 
-    Parsing accepts what Go's decoder accepts, and runtimes run most of it. This reports the rest of the schema: members
-    that are required and missing, values outside an enumeration, a pattern or a bound, and nulls. Members that the
+    Parsing accepts what Go's decoder accepts, and runtimes run most of it. This reports the rest of the
+    schema: members that are required and missing, values outside an enumeration, a pattern or a bound, and
+    nulls. Members that the
     schema does not know are no finding. The sections of other platforms are checked as well.
 
     Args:
-        document: A spec, or any other model. Take one from `parse_spec` and its kin: what has been put into the lists
-            of a model since is not checked for its type here.
+        document: A spec, or any other model. Take one from `parse_spec` and its kin: what has been put into
+            the lists of a model since is not checked for its type here.
 
     Returns:
         The findings in the order of the specification; none if the schema accepts the document.

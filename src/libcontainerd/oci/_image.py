@@ -50,27 +50,30 @@ def process_from_image(
     user: str | None = None,
     rootfs: str | os.PathLike[str] | None = None,
 ) -> Process:
-    """Make a process as an image's configuration asks for it: program, environment, working directory and user.
+    """Make a process as an image's configuration asks for: program, environment, directory and user.
 
-    >>> config = {"Entrypoint": ["nginx"], "Cmd": ["-g", "daemon off;"], "User": "101:101", "WorkingDir": "/srv"}
-    >>> process = process_from_image({"config": config})
+    >>> from libcontainerd import oci
+    >>> config = {"Entrypoint": ["nginx"], "Cmd": ["-g", "daemon off;"], "User": "101:101"}
+    >>> process = oci.process_from_image({"config": config})
     >>> process.args, process.cwd, process.user
-    (['nginx', '-g', 'daemon off;'], '/srv', User(uid=101, gid=101))
+    (['nginx', '-g', 'daemon off;'], '/', User(uid=101, gid=101))
 
     Args:
         image: The image's configuration: JSON text or a mapping, the whole document or its `config` alone.
         args: Takes the place of the image's `Cmd`.
         entrypoint: Takes the place of the image's `Entrypoint`; its `Cmd` is then not used either.
         user: Takes the place of the image's `User`: `uid`, `uid:gid`, or names, `user:group`.
-        rootfs: The unpacked image on the host. Names are looked up in its `etc/passwd` and `etc/group`, and so is the
-            group of a user that is named without one. It is read as if it were the root: no link in it leads out.
+        rootfs: The unpacked image on the host. Names are looked up in its `etc/passwd` and `etc/group`, and
+            so is the group of a user that is named without one. It is read as if it were the root: no link in
+            it leads out.
 
     Returns:
-        A new process, with these four members set and no other. Without a `PATH` in the image it gets the usual one.
+        A new process, with these four members set and no other. Without a `PATH` in the image it gets the
+        usual one.
 
     Raises:
-        InvalidParameterError: if the configuration is malformed, names no program, or names a user or group that is
-            not in `rootfs`, or if there is no `rootfs` to look it up in.
+        InvalidParameterError: if the configuration is malformed, names no program, or names a user or group
+            that is not in `rootfs`, or if there is no `rootfs` to look it up in.
     """
     config = _config(image)
     command = [*(texts(config.entrypoint) if entrypoint is None else entrypoint)]
@@ -96,9 +99,12 @@ def with_image_config(
 ) -> SpecOption:
     """Run what an image's configuration asks for: `process_from_image`, as an option for a spec.
 
-    Variables of the spec's environment stay unless the image sets them; put `with_env` after this to override it.
+    Variables of the spec's environment stay unless the image sets them; put `with_env` after this to override
+    it.
 
-    >>> spec = build(default_spec(), with_image_config({"config": {"Cmd": ["sh"], "Env": ["LANG=C"]}}, ["id", "-u"]))
+    >>> from libcontainerd import oci
+    >>> image = {"config": {"Cmd": ["sh"], "Env": ["LANG=C"]}}
+    >>> spec = oci.build(oci.default_spec(), oci.with_image_config(image, ["id", "-u"]))
     >>> spec.process.args, spec.process.env[-1]
     (['id', '-u'], 'LANG=C')
 
@@ -194,9 +200,12 @@ def _entries(rootfs: str | os.PathLike[str], path: str, least: int) -> list[list
 
 
 def _read_inside(rootfs: Path, path: str) -> bytes:
-    """Read a file of an image that nobody has vetted: links are followed as in the container, where `/` is `rootfs`.
+    """Read a file of an image that nobody has vetted.
 
-    A file that is not there, or is not a regular file, reads as empty, as the same image would behave in Docker.
+    Links are followed as in the container, where `/` is `rootfs`.
+
+    A file that is not there, or is not a regular file, reads as empty, as the same image would behave in
+    Docker.
     """
     pending = path.split("/")[::-1]
     reached: list[str] = []

@@ -1,11 +1,9 @@
-"""Reading what others wrote, as JSON text or as Python values, without the leniencies of the standard library."""
+"""Reading what others wrote, as JSON text or Python values, without the standard library's leniencies."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from typing import NoReturn
 
 from libcontainerd.errors import InvalidParameterError
 from libcontainerd.oci._base import MAX_DEPTH, Model, is_text, join
@@ -19,9 +17,16 @@ class _Repeated:
 
 _REPEATED = _Repeated()
 
+# Lists that hold one list twice, thirty levels deep, are thirty lists in memory and a billion in the
+# document. A large spec has some hundreds.
+_MOST_CONTAINERS = 100_000
+
 
 def loads(text: str | bytes, what: str) -> object:
-    """Read one JSON document, strictly by RFC 8259.
+    """Read one JSON document, strictly by RFC 8259 but for one thing.
+
+    NaN, infinities and numbers too large for a float come out as such floats: a model refuses them wherever
+    they stand, and can say where that is.
 
     Args:
         text: The document; bytes are UTF-8.
@@ -31,37 +36,27 @@ def loads(text: str | bytes, what: str) -> object:
         Plain `dict`, `list`, `str`, `int`, `float`, `bool` and `None`.
 
     Raises:
-        InvalidParameterError: if the text is not JSON, or holds a member twice in one object (readers differ on which
-            counts), NaN or an infinity, or nesting that Python's parser gives up on.
+        InvalidParameterError: if the text is not JSON, or holds a member twice in one object (readers differ
+            on which counts), or nesting that Python's parser gives up on.
     """
-    repeated: list[tuple[dict[str, object], str]] = []
+    repeated = False
 
     def members(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        nonlocal repeated
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            found[twice] = _REPEATED
-            repeated.append((found, twice))
+            repeated = True
+            seen = set[str]()
+            for name, _ in pairs:
+                if name in seen:
+                    found[name] = _REPEATED
+                seen.add(name)
         return found
-
-    def constant(name: str) -> NoReturn:
-        raise InvalidParameterError(f"invalid {what}: JSON has no number {name}")
-
-    def number(literal: str) -> float:
-        value = float(literal)
-        if not math.isfinite(value):
-            raise InvalidParameterError(f"invalid {what}: the number {literal[:40]} is too large")
-        return value
 
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        document: object = json.loads(
-            text, object_pairs_hook=members, parse_constant=constant, parse_float=number
-        )
-    except InvalidParameterError:
-        raise
+        document: object = json.loads(text, object_pairs_hook=members)
     except RecursionError:
         raise InvalidParameterError(f"invalid {what}: nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeDecodeError as error:
@@ -69,13 +64,12 @@ def loads(text: str | bytes, what: str) -> object:
     except ValueError as error:
         raise InvalidParameterError(f"invalid {what}: not JSON: {error}") from error
     if repeated:
-        path = _find(document)
-        raise InvalidParameterError(f"invalid {what}: {path} occurs twice in one object")
+        raise InvalidParameterError(f"invalid {what}: {_find(document)} occurs twice in one object")
     return document
 
 
 def _find(document: object) -> str:
-    """Find the path of the first repeated member; it nests no deeper than the parser, so a stack of our own does."""
+    """Find the path of a repeated member."""
     pending: list[tuple[str, object]] = [("", document)]
     while pending:
         path, value = pending.pop()
@@ -85,7 +79,8 @@ def _find(document: object) -> str:
             pending.extend((join(path, key), item) for key, item in value.items())
         elif isinstance(value, list):
             pending.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
-    # A member that repeats itself inside a member that is itself repeated is overwritten with it; only then is none left.
+    # A member that repeats itself inside a member that is itself repeated is overwritten with it; only then
+    # is none left.
     return "a member"
 
 
@@ -98,49 +93,63 @@ class UnreadableError(Exception):
         self.steps: list[int | str] = []
 
 
-def plain(value: object, depth: int = 0) -> object:
-    """Copy mappings and models of any kind as `dict`, and lists as `list`; leave the rest for the models to judge.
+def plain(value: object) -> object:
+    """Copy mappings and models of any kind as `dict`, and lists as `list`; leave the rest as it is.
 
     Raises:
-        UnreadableError: for a string that is not Unicode text, and for nesting that no document has, such as a cycle.
+        UnreadableError: for a string that is not Unicode text, and for nesting and size that no document has,
+            as a cycle has, or lists that hold each other over and over.
     """
-    # The common types first: every spec that comes as a mapping passes here, and abstract classes are slow to ask.
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, dict) or isinstance(value, list):  # noqa: SIM101 (twice as fast as a union)
-        return _copied(value, depth)
-    if isinstance(value, int) or value is None:
+    return _Copier().copy(value, 0)
+
+
+class _Copier:
+    __slots__ = ("_containers",)
+
+    def __init__(self) -> None:
+        self._containers = 0
+
+    def copy(self, value: object, depth: int) -> object:
+        # The common types first: every spec that comes as a mapping passes here, and abstract classes are
+        # slow to ask.
+        if isinstance(value, str):
+            return _text(value)
+        if isinstance(value, dict) or isinstance(value, list):  # noqa: SIM101 (twice as fast as a union)
+            return self._container(value, depth)
+        if isinstance(value, int) or value is None:
+            return value
+        if isinstance(value, Model):
+            return self._container(_members(value), depth)
+        if isinstance(value, Mapping):
+            return self._container(value, depth)
         return value
-    if isinstance(value, Model):
-        return _copied(_members(value), depth)
-    if isinstance(value, Mapping):
-        return _copied(value, depth)
-    return value
+
+    def _container(self, value: list[object] | Mapping[str, object], depth: int) -> object:
+        if depth > 2 * MAX_DEPTH:
+            raise UnreadableError(f"is nested deeper than {MAX_DEPTH} levels")
+        self._containers += 1
+        if self._containers > _MOST_CONTAINERS:
+            raise UnreadableError(f"takes the document beyond {_MOST_CONTAINERS} arrays and objects")
+        step: object = 0
+        try:
+            if isinstance(value, list):
+                items: list[object] = []
+                for step, item in enumerate(value):  # noqa: B007 (for the path of an error)
+                    items.append(self.copy(item, depth + 1))
+                return items
+            members: dict[object, object] = {}
+            for step, item in value.items():
+                members[_text(step)] = self.copy(item, depth + 1)
+        except UnreadableError as error:
+            error.steps.append(step if isinstance(step, int) else _printable(step))
+            raise
+        return members
 
 
 def _text(value: object) -> object:
     if isinstance(value, str) and not is_text(value):
         raise UnreadableError("must be Unicode text, and holds a lone surrogate")
     return value
-
-
-def _copied(value: list[object] | Mapping[str, object], depth: int) -> object:
-    if depth > 2 * MAX_DEPTH:
-        raise UnreadableError(f"is nested deeper than {MAX_DEPTH} levels")
-    step: object = 0
-    try:
-        if isinstance(value, list):
-            items: list[object] = []
-            for step, item in enumerate(value):  # noqa: B007 (for the path of an error)
-                items.append(plain(item, depth + 1))
-            return items
-        members: dict[object, object] = {}
-        for step, item in value.items():
-            members[_text(step)] = plain(item, depth + 1)
-    except UnreadableError as error:
-        error.steps.append(step if isinstance(step, int) else _printable(step))
-        raise
-    return members
 
 
 def _printable(key: object) -> str:

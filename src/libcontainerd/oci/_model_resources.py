@@ -8,7 +8,10 @@ from libcontainerd.oci._base import REQUIRED, Array, Int64, Map, Model, Rule, UI
 
 
 class LinuxDeviceCgroup(Model):
-    """A rule of the device cgroup: `type` is `a`, `b` or `c`; `access` is some of `rwm`; no number is any number."""
+    """A rule of the device cgroup.
+
+    `type` is `a`, `b` or `c`; `access` is some of `rwm`; a number that is unset is any number.
+    """
 
     allow: Annotated[bool | None, REQUIRED] = None
     type: str | None = None

@@ -1,7 +1,7 @@
 """The sections of other platforms, as far as Go's decoder and the schema have an opinion of them.
 
-A spec keeps these sections as the plain objects they are; these models only check them. They are imported when a spec
-has such a section, which on Linux is next to never.
+A spec keeps these sections as the plain objects they are; these models only check them. They are imported
+when a spec has such a section, which on Linux is next to never.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ class WindowsMemory(Model):
 
 
 class WindowsCPU(Model):
-    """CPU limits. `affinity` is an object in the schema but an array in Go's type, so neither is held against it."""
+    """CPU limits."""
 
     count: UInt64 | None = None
     shares: UInt16 | None = None
     maximum: UInt16 | None = None
+    # An object in the schema but an array in Go's type, so neither is held against it.
     affinity: AnyJSON = None
 
 

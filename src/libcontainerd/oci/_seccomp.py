@@ -1,9 +1,9 @@
 """The default seccomp profile, as data.
 
 Which calls are allowed, and under which capabilities, are facts taken from the default profile of Docker
-(`seccomp/default.json` of the `moby/profiles` repository, as of 2025, Apache-2.0). The ways around a container that it
-closes: the kernel's keyrings, loading code into the kernel, new user namespaces, io_uring, userfaultfd, socket families
-that few use and many bugs lived in.
+(`seccomp/default.json` of the `moby/profiles` repository, as of 2025, Apache-2.0). The ways around a
+container that it closes: the kernel's keyrings, loading code into the kernel, new user namespaces, io_uring,
+userfaultfd, socket families that few use and many bugs lived in.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from libcontainerd.oci._model_linux import LinuxSeccomp, LinuxSeccompArg, LinuxS
 _ALWAYS = """
 accept accept4 access adjtimex alarm bind brk cachestat capget capset chdir chmod chown chown32 clock_adjtime
 clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64 clock_nanosleep
-clock_nanosleep_time64 close close_range connect copy_file_range creat dup dup2 dup3 epoll_create epoll_create1
-epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit
-exit_group faccessat faccessat2 fadvise64 fadvise64_64 fallocate fanotify_mark fchdir fchmod fchmodat fchmodat2
-fchown fchown32 fchownat fcntl fcntl64 fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat
-fstat64 fstatat64 fstatfs fstatfs64 fsync ftruncate ftruncate64 futex futex_requeue futex_time64 futex_wait
-futex_waitv futex_wake futimesat get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid
-getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getitimer getpeername getpgid getpgrp getpid
-getppid getpriority getrandom getresgid getresgid32 getresuid getresuid32 getrlimit getrusage getsid getsockname
-getsockopt gettid gettimeofday getuid getuid32 getxattr getxattrat inotify_add_watch inotify_init inotify_init1
-inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents io_pgetevents_time64 io_setup io_submit ioctl
-ioprio_get ioprio_set ipc kill landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lchown32
-lgetxattr link linkat listen listmount listxattr listxattrat llistxattr _llseek lremovexattr lseek lsetxattr lstat
-lstat64 madvise map_shadow_stack membarrier memfd_create memfd_secret mincore mkdir mkdirat mknod mknodat mlock
-mlock2 mlockall mmap mmap2 mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedreceive_time64
-mq_timedsend mq_timedsend_time64 mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap
-name_to_handle_at nanosleep newfstatat _newselect open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2
-pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl pread64 preadv preadv2 prlimit64 process_mrelease
-process_vm_readv process_vm_writev pselect6 pselect6_time64 ptrace pwrite64 pwritev pwritev2 read readahead readlink
-readlinkat readv recv recvfrom recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr removexattrat rename
-renameat renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask
-rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_sigtimedwait_time64 rt_tgsigqueueinfo
-sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
-sched_rr_get_interval sched_rr_get_interval_time64 sched_setaffinity sched_setattr sched_setparam
-sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop semtimedop_time64 send sendfile
-sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setfsgid setfsgid32 setfsuid
-setfsuid32 setgid setgid32 setgroups setgroups32 setitimer setpgid setpriority setregid setregid32 setresgid
-setresgid32 setresuid setresuid32 setreuid setreuid32 setrlimit setsid setsockopt setuid setuid32 setxattr
-setxattrat shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 sigprocmask sigreturn socketcall
-socketpair splice stat stat64 statfs statfs64 statmount statx symlink symlinkat sync sync_file_range syncfs sysinfo
-tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime
-timer_settime64 timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill
-truncate truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime utimensat utimensat_time64 utimes vfork
-vmsplice wait4 waitid waitpid write writev
+clock_nanosleep_time64 close close_range connect copy_file_range creat dup dup2 dup3 epoll_create
+epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2
+execve execveat exit exit_group faccessat faccessat2 fadvise64 fadvise64_64 fallocate fanotify_mark fchdir
+fchmod fchmodat fchmodat2 fchown fchown32 fchownat fcntl fcntl64 fdatasync fgetxattr flistxattr flock fork
+fremovexattr fsetxattr fstat fstat64 fstatat64 fstatfs fstatfs64 fsync ftruncate ftruncate64 futex
+futex_requeue futex_time64 futex_wait futex_waitv futex_wake futimesat get_robust_list get_thread_area getcpu
+getcwd getdents getdents64 getegid getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getitimer
+getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresgid32 getresuid getresuid32
+getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getuid32 getxattr getxattrat
+inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents
+io_pgetevents_time64 io_setup io_submit ioctl ioprio_get ioprio_set ipc kill landlock_add_rule
+landlock_create_ruleset landlock_restrict_self lchown lchown32 lgetxattr link linkat listen listmount
+listxattr listxattrat llistxattr _llseek lremovexattr lseek lsetxattr lstat lstat64 madvise map_shadow_stack
+membarrier memfd_create memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mmap2
+mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedreceive_time64 mq_timedsend
+mq_timedsend_time64 mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap
+name_to_handle_at nanosleep newfstatat _newselect open openat openat2 pause pidfd_open pidfd_send_signal pipe
+pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl pread64 preadv preadv2 prlimit64
+process_mrelease process_vm_readv process_vm_writev pselect6 pselect6_time64 ptrace pwrite64 pwritev pwritev2
+read readahead readlink readlinkat readv recv recvfrom recvmmsg recvmmsg_time64 recvmsg remap_file_pages
+removexattr removexattrat rename renameat renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction
+rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_sigtimedwait_time64
+rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
+sched_getscheduler sched_rr_get_interval sched_rr_get_interval_time64 sched_setaffinity sched_setattr
+sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop semtimedop_time64
+send sendfile sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setfsgid
+setfsgid32 setfsuid setfsuid32 setgid setgid32 setgroups setgroups32 setitimer setpgid setpriority setregid
+setregid32 setresgid setresgid32 setresuid setresuid32 setreuid setreuid32 setrlimit setsid setsockopt setuid
+setuid32 setxattr setxattrat shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 sigprocmask
+sigreturn socketcall socketpair splice stat stat64 statfs statfs64 statmount statx symlink symlinkat sync
+sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime
+timer_gettime64 timer_settime timer_settime64 timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime
+timerfd_settime64 times tkill truncate truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime
+utimensat utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 """
 
 _BY_CAPABILITY = {
@@ -93,9 +94,9 @@ _BY_MACHINE = {
     "loongarch64": ("SCMP_ARCH_LOONGARCH64", ""),
 }
 
-# Families of socket(2) from 12 up; all below are allowed. Left out are DECnet, Econet, ATM's signalling, IrDA, wanpipe,
-# ISDN and CAIF, which are gone or nearly so, the kernel's cryptography, and vsock, which reaches the virtual machine's
-# host.
+# Families of socket(2) from 12 up; all below are allowed. Left out are DECnet, Econet, ATM's signalling,
+# IrDA, wanpipe, ISDN and CAIF, which are gone or nearly so, the kernel's cryptography, and vsock, which
+# reaches the virtual machine's host.
 _SOCKET_FAMILIES = (13, 14, 15, 16, 17, 18, 21, 22, 24, *range(26, 34), 35, 36, 39, *range(41, 46))
 
 # personality(2): Linux, Linux with UNAME26, 32-bit emulation, both, and asking what it is.
@@ -109,10 +110,11 @@ _EPERM, _ENOSYS = 1, 38
 def default_seccomp_profile(capabilities: Iterable[str] = (), *, machine: str | None = None) -> LinuxSeccomp:
     """Give the default seccomp profile: a list of what is allowed; the rest fails with EPERM.
 
-    The facts are those of Docker's default profile (`moby/profiles`, 2025). Runtimes skip calls that their seccomp
-    library does not know.
+    The facts are those of Docker's default profile (`moby/profiles`, 2025). Runtimes skip calls that their
+    seccomp library does not know.
 
-    >>> profile = default_seccomp_profile(["CAP_SYS_TIME"], machine="x86_64")
+    >>> from libcontainerd import oci
+    >>> profile = oci.default_seccomp_profile(["CAP_SYS_TIME"], machine="x86_64")
     >>> profile.architectures
     ['SCMP_ARCH_X86_64', 'SCMP_ARCH_X86', 'SCMP_ARCH_X32']
 
@@ -124,13 +126,14 @@ def default_seccomp_profile(capabilities: Iterable[str] = (), *, machine: str | 
         A new profile each time.
 
     Raises:
-        InvalidParameterError: if nothing is known of the machine: a filter for the wrong one would stop everything.
+        InvalidParameterError: if nothing is known of the machine: a filter for the wrong one would stop
+            everything.
     """
     held = set(capabilities)
     name = platform.machine() if machine is None else machine
     if name not in _BY_MACHINE:
         raise InvalidParameterError(
-            f"no default seccomp profile for the machine {name!r}: there are those for {', '.join(_BY_MACHINE)}"
+            f"no default seccomp profile for the machine {name!r}; known are {', '.join(_BY_MACHINE)}"
         )
     architectures, own_calls = _BY_MACHINE[name]
     allowed = {*_ALWAYS.split(), *own_calls.split()}

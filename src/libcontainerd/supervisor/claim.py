@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -120,7 +119,7 @@ def _is_socket(path: str) -> bool:
 
 def write_pid_file(path: str, pid: int) -> None:
     """Record a process by its pid and its start time, by which it can be told from a later one of the same pid."""
-    # One that has ended has no start time any more, and whoever waits for it will say so better.
+    # One that is gone has none, and whoever waits for it will say so better.
     if started := _start_time(pid):
         write(path, f"{pid}\n{started}\n".encode(), 0o644)
 
@@ -149,7 +148,8 @@ def await_predecessor(pid_file: str, configuration_file: str) -> None:
     except OSError:  # gone, or a thread's id by now
         return
     try:
-        if _start_time(pid) == started and _was_given(pid, configuration_file) and not _ends_soon(process):
+        ours = _start_time(pid) == started and _may_have_been_given(pid, configuration_file)
+        if ours and not _ends_soon(process):
             raise ConflictError(
                 f"cannot run containerd: the one of an earlier supervisor, process {pid}, still runs with"
                 f" {configuration_file}; stop it first"
@@ -159,22 +159,26 @@ def await_predecessor(pid_file: str, configuration_file: str) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in ticks since boot, or None if it has ended, reaped or not; proc(5) on stat."""
+    """When a process started, in ticks since boot; None if there is none. See proc(5) on stat.
+
+    Its state is no matter: a process with many threads is shown as a zombie when the first of them has ended, while the
+    others still hold its sockets.
+    """
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
+            return file.read().rpartition(")")[2].split()[19]
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
-def _was_given(pid: int, argument: str) -> bool:
-    with (
-        contextlib.suppress(FileNotFoundError, ProcessLookupError),
-        open(f"/proc/{pid}/cmdline", "rb") as file,
-    ):
-        return argument.encode() in file.read().split(b"\0")
-    return False
+def _may_have_been_given(pid: int, argument: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # One that is dying has given up its memory, and its arguments with it.
+    return not arguments or argument.encode() in arguments.split(b"\0")
 
 
 def _ends_soon(process: int) -> bool:

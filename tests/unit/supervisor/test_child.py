@@ -6,6 +6,8 @@ import os
 import queue
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from libcontainerd.supervisor.child import Child, Lines, Log
+from libcontainerd.supervisor.child import _LAUNCHER, Child, Lines, Log
 
 Script = Callable[[str], list[str]]
 
@@ -311,3 +313,11 @@ def test_a_kernel_without_pidfd_leaves_no_child(
 
     with pytest.raises(ProcessLookupError):
         os.kill(asked[0], 0)
+
+
+def test_one_whose_parent_died_before_it_was_tied_to_it_does_not_run(script: Script) -> None:
+    # As after that death: the parent that it sees is not the one that it was told of.
+    command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, "1", *script("echo runs")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    assert (answer.returncode, answer.stdout, answer.stderr) == (1, "", "the supervisor has ended\n")

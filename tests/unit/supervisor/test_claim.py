@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,14 +180,51 @@ def test_a_foreign_process_is_not_believed_whatever_its_start_time(tmp_path: Pat
         assert process.poll() is None
 
 
-def test_a_process_that_has_ended_gets_no_pid_file(tmp_path: Path) -> None:
-    with process_given() as process:
+def test_a_process_of_which_only_the_first_thread_has_ended_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "_ORPHAN_TIMEOUT", 0.05)
+    program = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "print(flush=True)\n"
+        "ctypes.CDLL(None).pthread_exit(None)\n"
+    )
+    pid_file, configuration = str(tmp_path / "pid"), str(tmp_path / "containerd.toml")
+    command = [sys.executable, "-S", "-c", program, "--config", configuration]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            claim.write_pid_file(pid_file, process.pid)
+            status = Path(f"/proc/{process.pid}/status")
+            deadline = time.monotonic() + 20
+            while "State:\tZ" not in status.read_text():
+                assert time.monotonic() < deadline, "its first thread does not end"
+                time.sleep(0.005)
+
+            with pytest.raises(ConflictError, match=f"process {process.pid}"):
+                claim.await_predecessor(pid_file, configuration)
+        finally:
+            process.kill()
+
+
+def test_a_process_that_has_ended_is_no_hindrance_reaped_or_not(tmp_path: Path) -> None:
+    pid_file, configuration = str(tmp_path / "pid"), str(tmp_path / "containerd.toml")
+    with process_given("--config", configuration) as process:
+        claim.write_pid_file(pid_file, process.pid)
         process.kill()
-        # Ended and not reaped: a zombie has a start time as well.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-        claim.write_pid_file(str(tmp_path / "pid"), process.pid)
+        claim.await_predecessor(pid_file, configuration)
 
-    assert not (tmp_path / "pid").exists()
+    claim.await_predecessor(pid_file, configuration)
+
+
+def test_a_process_that_is_gone_gets_no_pid_file(tmp_path: Path) -> None:
+    with process_given() as process:
+        pass
+
     claim.write_pid_file(str(tmp_path / "pid"), process.pid)
+
     assert not (tmp_path / "pid").exists()

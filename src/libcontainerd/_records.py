@@ -109,6 +109,11 @@ class Process:
         self.oom_killed = False
         self.attached: Attached | None = None
 
+    @property
+    def exec_id(self) -> str:
+        """What containerd calls it: nothing for init."""
+        return "" if self.id == INIT_PROCESS_NAME else self.id
+
     def advance(self, step: Step) -> bool:
         """Take a step; False when the table has no such move from here."""
         state = TRANSITIONS.get((self.state, step))

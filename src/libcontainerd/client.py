@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
+from libcontainerd import _cleanup as cleanup
 from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES, Bundle
 from libcontainerd._events import catchup
-from libcontainerd._events.decode import MalformedEvent, decode
+from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
@@ -36,7 +37,6 @@ from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.cio import null_io
 from libcontainerd.cio.attached import Attached
-from libcontainerd.cio.direct import drain
 from libcontainerd.cio.fifo import FifoSet
 from libcontainerd.errors import (
     CallCancelledError,
@@ -51,8 +51,6 @@ from libcontainerd.errors import (
 )
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
-    EventInfo,
-    EventType,
     ExitStatus,
     Status,
     Summary,
@@ -67,9 +65,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from libcontainerd import oci
-    from libcontainerd._wire.pb.types.event_pb2 import Envelope
     from libcontainerd.cio import AttachStdio
-    from libcontainerd.cio.fifo import InputStream, OutputStream
+    from libcontainerd.cio.fifo import InputStream
     from libcontainerd.types import Backend
 
 _CONNECT_SECONDS: Final = 10.0
@@ -148,19 +145,19 @@ class Client:
 
         self._namespace = namespace
         self._runtime = runtime
-        self._backend = backend
         self._default_timeout = default_timeout
         self._log = _log.bind(namespace=namespace)
         self._containers = ContainerMap()
-        self._events = SerialQueue("backend", self._report_backlog)
         self._background = SerialQueue("background")
         self._closing, self._cut, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._lock = (
             threading.Lock()
-        )  # guards _leftovers and the start of close; nothing is called while it is held
-        self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
+        )  # lets one call of close be the first; nothing is called while it is held
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
-        self._subscriber = Subscriber(self._connection, on_event=self._receive, on_live=self._catch_up)
+        self._delivery = Delivery(self._connection, self._containers, backend, self._background)
+        self._subscriber = Subscriber(
+            self._connection, on_event=self._delivery.receive, on_live=self._delivery.catch_up
+        )
         try:
             self._subscriber.open(min(default_timeout, _CONNECT_SECONDS))
         except BaseException:
@@ -257,7 +254,7 @@ class Client:
                 )
             except BaseException as error:
                 if not isinstance(error, LibcontainerdError) or isinstance(error, _OUTCOME_UNKNOWN):
-                    self._undo_create(request.container)
+                    cleanup.remove_container(self._connection, request.container)
                 raise
             undo.pop_all()
         container.publish(bundle, facts)
@@ -455,7 +452,7 @@ class Client:
         except BaseException as error:
             # A process of that name that somebody else has in containerd is not ours to remove.
             if process.attached is not None and not isinstance(error, ConflictError):
-                self._destroy(container, process)
+                cleanup.remove_process(self._connection, container, process)
             if process.attached is not None:
                 process.attached.discard()
             container.forget(process)
@@ -481,7 +478,7 @@ class Client:
         process = container.require_process(process_id)
         self._connection.call(
             self._connection.tasks.Kill,
-            tasks_pb2.KillRequest(container_id=container_id, exec_id=_exec_id(process), signal=signal),
+            tasks_pb2.KillRequest(container_id=container_id, exec_id=process.exec_id, signal=signal),
             doing=f"send signal {int(signal)} to {process_id!r} in container {container_id!r}",
             deadline=deadline,
         )
@@ -506,7 +503,7 @@ class Client:
         self._connection.call(
             self._connection.tasks.ResizePty,
             tasks_pb2.ResizePtyRequest(
-                container_id=container_id, exec_id=_exec_id(process), width=width, height=height
+                container_id=container_id, exec_id=process.exec_id, width=width, height=height
             ),
             doing=f"resize the terminal of {process_id!r} in container {container_id!r}",
             deadline=self._deadline(timeout),
@@ -662,7 +659,7 @@ class Client:
                 raise NotFoundError(f"cannot {doing}: it never came to run")
             if deadline.remaining() <= 0:
                 raise DeadlineExceededError(f"cannot {doing}: it has not ended in time")
-            self._ask(container, process)  # an event can get lost between the shim and containerd
+            self._delivery.look(container, process)  # an event can get lost between the shim and containerd
 
     def delete_task(self, container_id: str, *, timeout: float | None = None) -> ExitStatus:
         """Delete the task of a container whose init has ended, and say how it ended.
@@ -689,12 +686,12 @@ class Client:
                 return task.exit
             raise DeadlineExceededError(f"cannot {doing}: another call is deleting it")
         try:
-            if task.exit is None and not self._ask(container, task, doing=doing, deadline=deadline):
+            if task.exit is None and not self._delivery.ask(container, task, deadline):
                 raise FailedPreconditionError(f"cannot {doing}: it has not ended; signal it and wait first")
             for attached in container.attached():
                 attached.process_ended()
             limit = max(1.0, deadline.remaining() - _DELETE_RESERVE_SECONDS)
-            drained = self._drain(container, container.attached(), limit)
+            drained = self._delivery.drain(container, container.attached(), limit)
             try:
                 answer = self._connection.call(
                     self._connection.tasks.Delete,
@@ -709,61 +706,17 @@ class Client:
             container.release_removal(task)
             raise
         # The exit's event is before the deletion's answer in time, but comes on another stream.
-        if not container.wait_reported(task, _LATE_EVENT_SECONDS):
-            self._report_exit(container, task)
-        self._finish(task, drained=drained)
+        self._delivery.settle(container, task)
+        self._delivery.finish(task, drained=drained)
         container.forget(task)
         return task.exit or catchup.unknown_exit(None)
-
-    def _drain(self, container: Container, processes: list[Attached], limit: float) -> bool:
-        """Let the readers of output come to the end, and say whether they have."""
-        drained = drain([each.direct for each in processes if each.direct is not None], limit=limit)
-        if not drained:
-            self._log.warning("output_left_unread", container=container.id)
-        return drained
-
-    def _finish(self, process: Process, *, drained: bool) -> None:
-        """Close a deleted process's IO; streams that their owner still reads end with `close` at the latest."""
-        left = [] if process.attached is None else process.attached.finish(drained=drained)
-        with self._lock:
-            self._leftovers.update(left)
-
-    def _ask(
-        self, container: Container, process: Process, *, doing: str = "", deadline: Deadline | None = None
-    ) -> bool:
-        """Ask containerd whether a process has ended; if so, note it, report it, and say True.
-
-        Raises:
-            LibcontainerdError: the question could not be answered, and a deadline was given. Without one, an unanswered
-                question is a no.
-        """
-        try:
-            status = catchup.ask(
-                self._connection,
-                container.id,
-                _exec_id(process),
-                doing=doing or f"ask for {process.id!r} in container {container.id!r}",
-                deadline=deadline or Deadline(min(self._default_timeout, _CLEAN_UP_SECONDS)),
-            )
-        except LibcontainerdError:
-            if deadline is not None:
-                raise
-            return False
-        if status is None:
-            return False
-        if not container.wait_reported(
-            process, _LATE_EVENT_SECONDS
-        ):  # the event tells more, if it is only late
-            container.note_exit(process, status)
-            self._report_exit(container, process)
-        return True
 
     def _close_io(self, container: Container, process: Process, deadline: Deadline) -> None:
         """Have the shim let go of the process's stdin; a process that has ended needs it no more."""
         try:
             self._connection.call(
                 self._connection.tasks.CloseIO,
-                tasks_pb2.CloseIORequest(container_id=container.id, exec_id=_exec_id(process), stdin=True),
+                tasks_pb2.CloseIORequest(container_id=container.id, exec_id=process.exec_id, stdin=True),
                 doing=f"close the stdin of {process.id!r} in container {container.id!r}",
                 deadline=deadline,
             )
@@ -787,175 +740,6 @@ class Client:
                 )
         finally:
             stream.ended.set()
-
-    # --------------------------------------------------------------------------------------------- undoing a failure
-
-    def _undo_create(self, sent: containers_pb2.Container) -> None:
-        """Remove a container whose creation broke off, if it is there and really the one that was sent."""
-        doing = f"clean up after the creation of container {sent.id!r}"
-        try:
-            with self._connection_for_clean_up() as connection:
-                deadline = Deadline(_CLEAN_UP_SECONDS)
-                found = connection.call(
-                    connection.containers.Get,
-                    containers_pb2.GetContainerRequest(id=sent.id),
-                    doing=doing,
-                    deadline=deadline,
-                ).container
-                if (found.labels, found.spec) == (sent.labels, sent.spec):
-                    connection.call(
-                        connection.containers.Delete,
-                        containers_pb2.DeleteContainerRequest(id=sent.id),
-                        doing=doing,
-                        deadline=deadline,
-                    )
-        except NotFoundError:
-            pass
-        except LibcontainerdError as error:
-            self._log.error("clean_up_failed", container=sent.id, error=str(error))
-
-    def _destroy(self, container: Container, process: Process) -> None:
-        """Remove a process from containerd whatever its state is: not made, made, running or ended."""
-        doing = f"clean up after {process.id!r} in container {container.id!r}"
-        deadline = Deadline(_CLEAN_UP_SECONDS)
-        exec_id = _exec_id(process)
-        try:
-            with self._connection_for_clean_up() as connection:
-                while True:
-                    try:
-                        _delete_process(connection, container.id, exec_id, doing, deadline)
-                    except FailedPreconditionError:
-                        with suppress(NotFoundError):
-                            connection.call(
-                                connection.tasks.Kill,
-                                tasks_pb2.KillRequest(
-                                    container_id=container.id, exec_id=exec_id, signal=signals.SIGKILL
-                                ),
-                                doing=doing,
-                                deadline=deadline,
-                            )
-                        container.wait_exit(process, 0.05)
-                    else:
-                        return
-        except NotFoundError:
-            pass
-        except LibcontainerdError as error:
-            self._log.error("clean_up_failed", container=container.id, process=process.id, error=str(error))
-
-    @contextmanager
-    def _connection_for_clean_up(self) -> Iterator[Connection]:
-        """The client's connection, or a fresh one when `close` has taken that away: what was begun is undone all the same."""
-        if not self._closing.is_set():
-            yield self._connection
-            return
-        connection = self._connection.reopen()
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    # ------------------------------------------------------------------------------------------------------ events
-
-    def _receive(self, envelope: Envelope) -> None:
-        """Take one message of the subscription; runs on the reading thread, so it decodes, notes and queues."""
-        if envelope.namespace != self._namespace:
-            return
-        try:
-            event = decode(envelope)
-        except MalformedEvent as error:
-            self._log.warning("event_malformed", topic=envelope.topic, error=str(error))
-            return
-        if event is None:
-            return
-        container = self._containers.find(event.info.container_id)
-        if container is None:
-            self._log.debug(
-                "event_of_unknown_container", container=event.info.container_id, event_type=event.type
-            )
-            return
-        process = container.process_of(event.info.process_id)
-        info = container.apply(event.type, event.info)
-        if info is None:
-            self._log.debug("event_again", container=container.id, process=event.info.process_id)
-        elif event.type is EventType.EXIT:
-            self._queue_exit(container, process, info)
-        else:
-            self._events.append(container.id, partial(self._deliver, event.type, info))
-
-    def _report_exit(self, container: Container, process: Process) -> None:
-        """Queue the exit of a process that was found out by asking, unless its event was faster."""
-        info = container.claim_report(process)
-        if info is not None:
-            self._queue_exit(container, process, info)
-
-    def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
-        if process is not None and process.attached is not None:
-            self._background.append((container.id, process.id, "io"), process.attached.process_ended)
-        self._events.append(container.id, partial(self._deliver_exit, container, process, info))
-        if process is not None and process.id == INIT_PROCESS_NAME and container.running_execs():
-            self._background.append((container.id, "execs"), partial(self._ask_for_execs, container))
-
-    def _deliver(self, event: EventType, info: EventInfo) -> None:
-        if self._backend is None:
-            return
-        try:
-            self._backend.process_event(info.container_id, event, info)
-        except Exception:  # noqa: BLE001 - a backend's error is logged, and the next event delivered
-            self._log.exception(
-                "backend_failed", container=info.container_id, process=info.process_id, event_type=str(event)
-            )
-
-    def _deliver_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
-        self._deliver(EventType.EXIT, info)
-        if process is not None and process.id != INIT_PROCESS_NAME:
-            self._background.append(
-                (container.id, process.id), partial(self._clean_up_exec, container, process)
-            )
-
-    def _clean_up_exec(self, container: Container, process: Process) -> None:
-        """Let an ended exec's output to its end, delete it in containerd, and forget it."""
-        if not container.claim_removal(process, 0):
-            return
-        attached = [] if process.attached is None else [process.attached]
-        drained = self._drain(container, attached, _EXEC_DRAIN_SECONDS)
-        try:
-            _delete_process(
-                self._connection,
-                container.id,
-                process.id,
-                f"delete exec {process.id!r} of container {container.id!r}",
-                Deadline(_CLEAN_UP_SECONDS),
-            )
-        except NotFoundError:
-            pass
-        except LibcontainerdError as error:
-            if not self._closing.is_set():
-                self._log.warning(
-                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
-                )
-        self._finish(process, drained=drained)
-        container.forget(process)
-
-    def _ask_for_execs(self, container: Container) -> None:
-        """After init's end: find out about execs whose exits do not follow. A shim that was killed reports init alone."""
-        pause = 0.5
-        while pause < _CLEAN_UP_SECONDS and not self._closing.is_set():
-            container.wait_execs(pause)
-            running = container.running_execs()
-            if not running:
-                return
-            for process in running:
-                self._ask(container, process)
-            pause *= 2
-
-    def _catch_up(self) -> None:
-        """After a gap in the stream: ask for every process whose exit is not known."""
-        for container in self._containers.all():
-            for process in container.running():
-                self._ask(container, process)
-
-    def _report_backlog(self, key: object, length: int) -> None:
-        self._log.warning("events_pile_up", container=key, waiting=length)
 
     # ------------------------------------------------------------------------------------------------------- closing
 
@@ -981,19 +765,14 @@ class Client:
             return
         _live_clients.discard(self)
         self._subscriber.close(left())
-        undelivered = self._events.close(left())
-        if undelivered:
-            self._log.warning("events_undelivered", events=undelivered)
+        self._delivery.close(left())
         self._background.close(left() / 2)
         self._cut.set()
         for container in self._containers.all():
             for attached in container.attached():
                 attached.abandon()
             container.wake()
-        with self._lock:
-            leftovers = list(self._leftovers)
-        for stream in leftovers:
-            stream.shut()
+        self._delivery.shut_leftovers()
         self._connection.close()
         self._background.close(left())
         self._closed.set()
@@ -1011,30 +790,6 @@ def _close_at_exit() -> None:
 
 def _finite(seconds: float) -> float:
     return min(seconds, threading.TIMEOUT_MAX)
-
-
-def _exec_id(process: Process) -> str:
-    """What containerd calls it: nothing for init."""
-    return "" if process.id == INIT_PROCESS_NAME else process.id
-
-
-def _delete_process(
-    connection: Connection, container_id: str, exec_id: str, doing: str, deadline: Deadline
-) -> None:
-    if exec_id:
-        connection.call(
-            connection.tasks.DeleteProcess,
-            tasks_pb2.DeleteProcessRequest(container_id=container_id, exec_id=exec_id),
-            doing=doing,
-            deadline=deadline,
-        )
-    else:
-        connection.call(
-            connection.tasks.Delete,
-            tasks_pb2.DeleteTaskRequest(container_id=container_id),
-            doing=doing,
-            deadline=deadline,
-        )
 
 
 def _process_name(info: task_pb2.ProcessInfo, init: int) -> str:

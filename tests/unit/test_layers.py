@@ -16,6 +16,7 @@ LAYERS = (
     ("remote",),
     ("client",),
     ("_checkpoint", "_events", "supervisor"),
+    ("_cleanup",),
     ("cio", "_bundle", "_records", "_runtime", "backends"),
     ("_wire",),
     ("types", "errors", "oci"),

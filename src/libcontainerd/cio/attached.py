@@ -117,9 +117,8 @@ class Attached:
         if self.direct is None:
             return []
         self.unlink()
-        if not drained or not drain([self.direct], limit=_WAIT_SECONDS):
-            return list(self.direct.outputs)
-        if self._io is not self.direct:
+        drained = drained and drain([self.direct], limit=_WAIT_SECONDS)
+        if drained and self._io is not self.direct:
             self._quietly("cancel")
             waiter = threading.Thread(
                 target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
@@ -129,7 +128,7 @@ class Attached:
             if waiter.is_alive():
                 _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
             self._quietly("close")
-        return self.direct.finish()
+        return self.direct.finish(drained=drained)
 
     def abandon(self) -> None:
         """The client goes away and the process stays: close our ends, send no end of input, keep the FIFOs."""

@@ -123,12 +123,18 @@ class DirectIO:
         for stream in self.outputs:
             stream.process_ended()
 
-    def finish(self) -> list[InputStream | OutputStream]:
-        """The process is gone and its output taken: close what no owner may be about to use; the rest is returned."""
-        streams: list[InputStream | OutputStream] = [*self.outputs]
-        if self.stdin is not None:
-            streams.append(self.stdin)
-        return [stream for stream in streams if not stream.finish()]
+    def finish(self, *, drained: bool) -> list[InputStream | OutputStream]:
+        """The process is gone: close the streams and return those that are left to their owner.
+
+        Args:
+            drained: Whether the outputs are known to be read; otherwise those that hold bytes are left.
+        """
+        left: list[InputStream | OutputStream] = [
+            each for each in self.outputs if not each.finish(drained=drained)
+        ]
+        if self.stdin is not None and not self.stdin.finish():
+            left.append(self.stdin)
+        return left
 
     def abandon(self) -> None:
         """Close every descriptor and leave the process as it is: no end of input is sent."""

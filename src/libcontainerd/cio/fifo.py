@@ -351,9 +351,14 @@ class OutputStream(io.RawIOBase):
         self.cancelled = True
         self._end.close()
 
-    def finish(self) -> bool:
-        """Close the descriptor unless its owner has its number and may be about to use it; say whether it is closed."""
-        if self._exposed and not self._end_seen and not self._end.closed:
+    def finish(self, *, drained: bool) -> bool:
+        """Close the descriptor, and say whether that was done.
+
+        It is left to the owner where its number was given out and the end was not seen yet, because the owner may be about
+        to use it; and, unless the stream is known to be drained, where it holds bytes.
+        """
+        owned = self._exposed and not self._end_seen and not self._end.closed
+        if owned or not (drained or self.drained()):
             return False
         self.shut()
         return True

@@ -1,0 +1,237 @@
+"""From an event to the backend, and what an exit entails.
+
+An event is noted in its container's record on the reading thread, and delivered on the queue's. What follows from an
+exit (ending stdin, letting output to its end, deleting an exec) is background work: in the way of no event.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from libcontainerd._cleanup import CLEAN_UP_SECONDS, delete_process
+from libcontainerd._events import catchup
+from libcontainerd._events.decode import MalformedEvent, decode
+from libcontainerd._events.serial import SerialQueue
+from libcontainerd._wire.connection import Deadline
+from libcontainerd.cio.direct import drain
+from libcontainerd.errors import (
+    DeadlineExceededError,
+    LibcontainerdError,
+    NotFoundError,
+    UnavailableError,
+)
+from libcontainerd.types import EventType
+
+if TYPE_CHECKING:
+    from libcontainerd._records import Container, ContainerMap, Process
+    from libcontainerd._wire.connection import Connection
+    from libcontainerd._wire.pb.types.event_pb2 import Envelope
+    from libcontainerd.cio.attached import Attached
+    from libcontainerd.cio.fifo import InputStream, OutputStream
+    from libcontainerd.types import Backend, EventInfo
+
+_EXEC_DRAIN_SECONDS: Final = 300.0
+_LATE_EVENT_SECONDS: Final = 1.0
+_RETRY_SECONDS: Final = 1.0
+_ASK_SECONDS: Final = 10.0
+_FIRST_LOOK_SECONDS: Final = 0.5
+_LAST_LOOK_SECONDS: Final = 60.0
+
+_log = structlog.get_logger("libcontainerd")
+
+
+class Delivery:
+    """Hands a client's events to its backend, each exit exactly once, and cleans up after ended execs. Thread-safe."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        containers: ContainerMap,
+        backend: Backend | None,
+        background: SerialQueue,
+    ) -> None:
+        self._connection = connection
+        self._containers = containers
+        self._backend = backend
+        self._background = background
+        self._queue = SerialQueue("backend", self._report_backlog)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()  # guards _leftovers; innermost, nothing is called while it is held
+        self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
+        self._log = _log.bind(namespace=connection.namespace)
+
+    def close(self, timeout: float) -> None:
+        """Take no more events, and let those that are queued finish until the timeout (seconds)."""
+        self._closing.set()
+        undelivered = self._queue.close(timeout)
+        if undelivered:
+            self._log.warning("events_undelivered", events=undelivered)
+
+    # Events.
+
+    def receive(self, envelope: Envelope) -> None:
+        """Take one message of the subscription; runs on the reading thread, so it decodes, notes and queues."""
+        if envelope.namespace != self._connection.namespace:
+            return
+        try:
+            event = decode(envelope)
+        except MalformedEvent as error:
+            self._log.warning("event_malformed", topic=envelope.topic, error=str(error))
+            return
+        if event is None:
+            return
+        container = self._containers.find(event.info.container_id)
+        if container is None:
+            self._log.debug("event_of_unknown_container", container=event.info.container_id)
+            return
+        process = container.process_of(event.info.process_id)
+        info = container.apply(event.type, event.info)
+        if info is None:
+            self._log.debug("event_repeated", container=container.id, process=event.info.process_id)
+        elif event.type is EventType.EXIT:
+            self._queue_exit(container, process, info)
+        else:
+            self._queue.append(container.id, partial(self._deliver, event.type, info))
+
+    def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
+        self._queue.append(container.id, partial(self._deliver_exit, container, process, info))
+        if process is None:
+            return
+        if process.attached is not None:
+            self._background.append((container.id, process.id, "io"), process.attached.process_ended)
+        if not process.exec_id and container.running_execs():
+            self._background.append((container.id, "execs"), partial(self._look_for_execs, container))
+
+    def _deliver(self, event: EventType, info: EventInfo) -> None:
+        if self._backend is None:
+            return
+        try:
+            self._backend.process_event(info.container_id, event, info)
+        except Exception:  # noqa: BLE001 - a backend's error is logged, and the next event delivered
+            self._log.exception(
+                "backend_failed", container=info.container_id, process=info.process_id, event_type=str(event)
+            )
+
+    def _deliver_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
+        self._deliver(EventType.EXIT, info)
+        if process is not None and process.exec_id:
+            self._background.append(
+                (container.id, process.id), partial(self._remove_exec, container, process)
+            )
+
+    def _report_backlog(self, key: object, length: int) -> None:
+        self._log.warning("events_pile_up", container=key, waiting=length)
+
+    # Exits without an event.
+
+    def ask(self, container: Container, process: Process, deadline: Deadline, *, grace: bool = True) -> bool:
+        """Ask containerd whether a process has ended; if so, note it and see that it is reported.
+
+        Args:
+            container: Its container.
+            process: The process.
+            deadline: When to give up.
+            grace: Give an event that is merely late the time to come first.
+
+        Raises:
+            LibcontainerdError: there was no answer.
+        """
+        doing = f"ask for {process.id!r} in container {container.id!r}"
+        status = catchup.ask(self._connection, container.id, process.exec_id, doing=doing, deadline=deadline)
+        if status is None:
+            return False
+        if not grace or not container.wait_reported(process, _LATE_EVENT_SECONDS):
+            container.note_exit(process, status)
+            self._report(container, process)
+        return True
+
+    def look(self, container: Container, process: Process, *, grace: bool = True) -> None:
+        """As `ask`, but no answer is no news."""
+        try:
+            self.ask(container, process, Deadline(_ASK_SECONDS), grace=grace)
+        except LibcontainerdError as error:
+            self._log.debug("not_answered", container=container.id, process=process.id, error=str(error))
+
+    def settle(self, container: Container, process: Process) -> None:
+        """See that an exit that is known is reported: by its event, or without where that does not come soon."""
+        if not container.wait_reported(process, _LATE_EVENT_SECONDS):
+            self._report(container, process)
+
+    def catch_up(self) -> None:
+        """After a gap in the stream: ask for every process whose exit is not known."""
+        for container in self._containers.all():
+            for process in container.running():
+                if self._closing.is_set():
+                    return
+                self.look(container, process, grace=False)
+
+    def _look_for_execs(self, container: Container) -> None:
+        """After init's end: find out about execs whose exits do not follow. A shim that was killed tells of init alone."""
+        pause = _FIRST_LOOK_SECONDS
+        while pause < _LAST_LOOK_SECONDS and not self._closing.is_set():
+            container.wait_execs(pause)
+            running = container.running_execs()
+            if not running:
+                return
+            for process in running:
+                self.look(container, process, grace=False)
+            pause *= 2
+
+    def _report(self, container: Container, process: Process) -> None:
+        info = container.claim_report(process)
+        if info is not None:
+            self._queue_exit(container, process, info)
+
+    # What an exit entails.
+
+    def _remove_exec(self, container: Container, process: Process) -> None:
+        """Let an ended exec's output to its end, delete it in containerd, and forget it."""
+        if not container.claim_removal(process, 0):
+            return
+        attached = [] if process.attached is None else [process.attached]
+        drained = self.drain(container, attached, _EXEC_DRAIN_SECONDS)
+        doing = f"delete exec {process.id!r} of container {container.id!r}"
+        deadline = Deadline(CLEAN_UP_SECONDS)
+        while True:
+            try:
+                delete_process(self._connection, container, process, doing=doing, deadline=deadline)
+            except (UnavailableError, DeadlineExceededError) as error:
+                if deadline.remaining() > 0 and not self._closing.wait(_RETRY_SECONDS):
+                    continue
+                self._log.warning(
+                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
+                )
+            except NotFoundError:
+                pass
+            except LibcontainerdError as error:
+                self._log.warning(
+                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
+                )
+            break
+        self.finish(process, drained=drained)
+        container.forget(process)
+
+    def drain(self, container: Container, processes: list[Attached], limit: float) -> bool:
+        """Let the readers of output come to the end within a limit (seconds), and say whether they have."""
+        drained = drain([each.direct for each in processes if each.direct is not None], limit=limit)
+        if not drained:
+            self._log.warning("output_left_unread", container=container.id)
+        return drained
+
+    def finish(self, process: Process, *, drained: bool) -> None:
+        """Close a deleted process's IO; what its owner may still read ends with `shut_leftovers` at the latest."""
+        left = [] if process.attached is None else process.attached.finish(drained=drained)
+        with self._lock:
+            self._leftovers.update(left)
+
+    def shut_leftovers(self) -> None:
+        """Close the streams that were left to owners who have not closed them."""
+        with self._lock:
+            leftovers = list(self._leftovers)
+        for stream in leftovers:
+            stream.shut()

@@ -168,20 +168,20 @@ def with_user(
 
     >>> from libcontainerd import oci
     >>> oci.build(oci.default_spec(), oci.with_user(1000, 1000, additional_gids=[44])).process.user
-    User(uid=1000, gid=1000, additional_gids=[44])
+    User(uid=1000, gid=1000, additional_gids=[1000, 44])
 
     Args:
         uid: User id.
         gid: Group id.
-        additional_gids: Further groups.
+        additional_gids: Further groups. `gid` is always one of them, as it is after a login: without it, a
+            program with a set-group-id bit sheds the group, and with it what the group is denied
+            (CVE-2022-36109).
         umask: File mode creation mask; the runtime's own if None.
     """
-    groups = list(additional_gids)
+    groups = [gid, *(group for group in additional_gids if group != gid)]
 
     def edit(spec: Spec) -> None:
-        user = User(uid=uid, gid=gid)
-        if groups:
-            user.additional_gids = list(groups)
+        user = User(uid=uid, gid=gid, additional_gids=list(groups))
         if umask is not None:
             user.umask = umask
         process_of(spec).user = user
@@ -337,7 +337,9 @@ def with_terminal(*, width: int | None = None, height: int | None = None) -> Spe
 def with_capabilities(
     *, add: Iterable[str] = (), drop: Iterable[str] = (), ambient: bool = False
 ) -> SpecOption:
-    """Add and drop capabilities; what is added and dropped at once is added.
+    """Add and drop capabilities.
+
+    A name by itself counts more than `ALL`, and a name that is added more than the same one dropped.
 
     >>> from libcontainerd import oci
     >>> option = oci.with_capabilities(drop=["ALL"], add=["NET_BIND_SERVICE", "cap_chown"])
@@ -346,7 +348,8 @@ def with_capabilities(
 
     Args:
         add: Names as in capabilities(7), with or without `CAP_`, in any case; `ALL` is every one that there
-            is. They go to the bounding, permitted and effective sets.
+            is. They go to the bounding, permitted and effective sets. A runtime that lacks one itself, as
+            in a container, cannot give it.
         drop: Names in the same way; they go from all five sets.
         ambient: Put what is added into the inheritable and ambient sets as well, so that a user other than
             root has it too.
@@ -354,37 +357,40 @@ def with_capabilities(
     Raises:
         InvalidParameterError: for a name that Linux does not know: the runtime would only log it.
     """
-    added, dropped = _capabilities(add), _capabilities(drop)
+    add_all, added = _capabilities(add)
+    drop_all, dropped = _capabilities(drop)
+    raised = added | (set(_CAPABILITIES) - dropped if add_all else set())
+    lowered = set(_CAPABILITIES) if drop_all else dropped
 
     def edit(spec: Spec) -> None:
         process = process_of(spec)
         capabilities = process.capabilities or LinuxCapabilities()
         for name in ("bounding", "effective", "permitted", "inheritable", "ambient"):
             present: list[str] | None = getattr(capabilities, name)
-            raised = added if ambient or name in ("bounding", "effective", "permitted") else set()
-            if present is None and not raised:
-                continue
-            kept = set(texts(present)) - dropped | raised
-            setattr(capabilities, name, sorted(kept))
+            more = raised if ambient or name in ("bounding", "effective", "permitted") else set()
+            if present is not None or more:
+                setattr(capabilities, name, sorted(set(texts(present)) - lowered | more))
         process.capabilities = capabilities
 
     return Option("with_capabilities", edit)
 
 
-def _capabilities(names: Iterable[str]) -> set[str]:
+def _capabilities(names: Iterable[str]) -> tuple[bool, set[str]]:
+    """Give whether ALL is among the names, and the full names of the others."""
     if isinstance(names, str):
         raise InvalidParameterError(f"with_capabilities: give a list of names, not the string {names!r}")
+    everything = False
     found: set[str] = set()
     for name in names:
         full = str(name).upper()
         if full == "ALL":
-            found.update(_CAPABILITIES)
+            everything = True
             continue
         full = full if full.startswith("CAP_") else f"CAP_{full}"
         if full not in _CAPABILITIES:
             raise InvalidParameterError(f"with_capabilities: Linux has no capability {name!r}")
         found.add(full)
-    return found
+    return everything, found
 
 
 def with_no_new_privileges(enabled: bool = True) -> SpecOption:

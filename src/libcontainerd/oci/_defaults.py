@@ -108,7 +108,7 @@ def _document() -> dict[str, object]:
     return {
         "ociVersion": OCI_VERSION,
         "process": {
-            "user": {"uid": 0, "gid": 0},
+            "user": {"uid": 0, "gid": 0, "additionalGids": [0]},
             "args": ["sh"],
             "env": [DEFAULT_PATH],
             "cwd": "/",

@@ -56,7 +56,7 @@ def process_from_image(
     >>> config = {"Entrypoint": ["nginx"], "Cmd": ["-g", "daemon off;"], "User": "101:101"}
     >>> process = oci.process_from_image({"config": config})
     >>> process.args, process.cwd, process.user
-    (['nginx', '-g', 'daemon off;'], '/', User(uid=101, gid=101))
+    (['nginx', '-g', 'daemon off;'], '/', User(uid=101, gid=101, additional_gids=[101]))
 
     Args:
         image: The image's configuration: JSON text or a mapping, the whole document or its `config` alone.
@@ -142,10 +142,8 @@ def _user(name: str, rootfs: str | os.PathLike[str] | None) -> User:
     if group:
         found = _group_id(group, rootfs) if rootfs is not None else None
         gid = _number(group, "group", rootfs) if found is None else found
-    resolved = User(uid=uid, gid=gid)
-    if groups:
-        resolved.additional_gids = groups
-    return resolved
+    # The group of the user itself is among them: see with_user.
+    return User(uid=uid, gid=gid, additional_gids=[gid, *groups])
 
 
 def _number(value: str, what: str, rootfs: str | os.PathLike[str] | None) -> int:

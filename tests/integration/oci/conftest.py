@@ -124,8 +124,7 @@ def _read_to_the_end(terminal: int) -> bytes:
 
 @pytest.fixture
 def runc(rootfs: Path) -> Iterator[Runc]:
-    """Runc, a state directory that every user can enter, and the shared root filesystem, read-only by
-    default."""
+    """Runc with a state directory that every user can enter, on the shared root filesystem."""
     found = servers.find().runc
     assert found is not None
     directory = Path(tempfile.mkdtemp(prefix="libcontainerd-oci-"))

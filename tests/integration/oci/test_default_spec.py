@@ -24,7 +24,7 @@ def test_it_runs_a_shell_as_root_in_the_root_directory(runc: Runc) -> None:
     seen = runc.run(oci.default_spec(), "id; pwd; env")
 
     assert seen.code == 0, seen.output
-    assert seen.output.splitlines()[:2] == ["uid=0(root) gid=0(root)", "/"]
+    assert seen.output.splitlines()[:2] == ["uid=0(root) gid=0(root) groups=0(root)", "/"]
     assert "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" in seen.output
 
 

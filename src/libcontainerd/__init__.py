@@ -6,6 +6,8 @@ call its verbs. `cio` says what becomes of stdio, `oci` makes specs, `backends` 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from libcontainerd import backends, cio
 from libcontainerd.client import Client
 from libcontainerd.errors import (
@@ -33,6 +35,11 @@ from libcontainerd.types import (
     Version,
 )
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from libcontainerd import oci
+
 __all__ = [
     "INIT_PROCESS_NAME",
     "Backend",
@@ -57,4 +64,14 @@ __all__ = [
     "Version",
     "backends",
     "cio",
+    "oci",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `oci` when it is first asked for: its models cost more than the rest together."""
+    if name == "oci":
+        from importlib import import_module  # noqa: PLC0415
+
+        return import_module("libcontainerd.oci")
+    raise AttributeError(f"module 'libcontainerd' has no attribute {name!r}")

@@ -237,6 +237,10 @@ class Supervisor:
 
         Its pid file, sockets and configuration are removed. Idempotent. During a ``start()`` it makes that fail, and
         returns when all is undone; called by a signal handler that interrupted ``start()``, it returns at once.
+
+        Raises:
+            SystemFailureError: Something could not be cleaned up; all else has been, and containerd has ended.
+            PermissionDeniedError: Likewise, for want of rights.
         """
         with self._changed:
             if self._phase is _Phase.IDLE:

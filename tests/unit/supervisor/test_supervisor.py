@@ -200,14 +200,14 @@ def test_one_that_never_serves_hits_the_deadline(make: Make, short_path: Path) -
 
 def test_one_that_hangs_hits_the_deadline(make: Make, short_path: Path) -> None:
     with pytest.raises(DeadlineExceededError, match=r"the health check got (DEADLINE_EXCEEDED|UNAVAILABLE)"):
-        make(DEAF, start_timeout=1.0).start()
+        make(DEAF, start_timeout=2.0).start()
 
     assert left_in(short_path / "state") == {"containerd.lock"}
 
 
 def test_one_that_says_it_does_not_serve_is_not_believed_to(make: Make) -> None:
     with pytest.raises(DeadlineExceededError, match="the health check got NOT_SERVING"):
-        make(SERVING, environment={"STATUS": "2"}, start_timeout=2.0).start()
+        make(SERVING, environment={"STATUS": "2"}, start_timeout=3.0).start()
 
 
 @pytest.mark.parametrize("program", [NEVER, DEAF])
@@ -423,6 +423,24 @@ def test_no_more_threads_is_an_error_of_ours(
             supervisor.start()
 
     assert left_in(short_path / "state") == {"containerd.lock"}
+
+
+def test_a_stop_that_cannot_clean_up_says_so_and_lets_go_of_all_else(
+    make: Make, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    supervisor = make(SERVING)
+    with monkeypatch.context() as patch:
+        patch.setattr(claim, "unlink_socket", refuse)
+        supervisor.start()
+        with pytest.raises(PermissionDeniedError, match=r"cannot clean up .*state"):
+            supervisor.stop()
+
+    assert supervisor.pid is None
+    with supervisor:
+        supervisor.wait_serving(5)
 
 
 def test_a_stale_pid_file_is_replaced_and_its_process_left_alone(make: Make, short_path: Path) -> None:

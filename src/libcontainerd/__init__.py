@@ -6,7 +6,7 @@ call its verbs. `cio` says what becomes of stdio, `oci` makes specs, `backends` 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from libcontainerd import backends, cio
 from libcontainerd.client import Client
@@ -35,7 +35,7 @@ from libcontainerd.types import (
     Version,
 )
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from types import ModuleType
 
     from libcontainerd import oci

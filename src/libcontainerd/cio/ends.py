@@ -29,6 +29,8 @@ CHUNK: Final = 65536
 # A blocking pipe or terminal that poll calls writable takes this much (PIPE_BUF) without blocking, and no more for sure.
 _SURE_TO_FIT: Final = select.PIPE_BUF
 
+_NOWAIT_UNKNOWN: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ESPIPE)
+
 Chunk: TypeAlias = bytes | memoryview
 Wait: TypeAlias = tuple[tuple[int, int], ...]
 """Descriptors and the epoll events of each that are waited for; any of them is enough."""
@@ -276,17 +278,28 @@ class _DescriptorSink(_Discard):
     def __init__(self, fd: int, *, seekable: bool) -> None:
         self._fd = fd
         self._seekable = seekable
+        self._nowait = True
 
     def write(self, data: Chunk) -> int:
         # O_NONBLOCK belongs to everybody who shares the descriptor, other processes too: it is looked at, never set.
-        if not self._seekable and os.get_blocking(self._fd):
-            if not _settled(self._fd, select.POLLOUT):
-                return 0
-            data = memoryview(data)[:_SURE_TO_FIT]
         try:
-            return os.write(self._fd, data)
+            if self._seekable or not os.get_blocking(self._fd):
+                return os.write(self._fd, data)
+            return self._write_without_waiting(data)
         except BlockingIOError:
             return 0
+
+    def _write_without_waiting(self, data: Chunk) -> int:
+        if self._nowait:
+            try:
+                return os.pwritev(self._fd, [data], -1, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in _NOWAIT_UNKNOWN:
+                    raise
+                self._nowait = False  # terminals; pipes before Linux 6.5
+        if not _settled(self._fd, select.POLLOUT):
+            return 0
+        return os.write(self._fd, memoryview(data)[:_SURE_TO_FIT])
 
     def room(self) -> Wait:
         return ((self._fd, select.EPOLLOUT),)

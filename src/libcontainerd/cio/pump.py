@@ -188,6 +188,13 @@ class Pump:
         except FileExistsError:
             epoll.modify(fd, events)
 
+    def close_inherited(self) -> None:
+        """Close, in a forked child, what it has of its parent's pump; the parent's own is not touched by that."""
+        epoll, wake = self._epoll, self._wake
+        if epoll is not None:
+            epoll.close()
+            os.close(wake)
+
     # --------------------------------------------------------------------------------------------- the watcher
 
     def _ensure_watcher(self) -> None:
@@ -333,8 +340,9 @@ _pump: Pump = Pump()
 
 
 def _start_afresh_in_child() -> None:
-    global _pump  # noqa: PLW0603 # the child has no thread of the parent's, and its locks may be held by nobody that is left
-    _pump = Pump()
+    global _pump  # noqa: PLW0603 # the child has none of the parent's threads, and its locks may be held by one of them
+    inherited, _pump = _pump, Pump()
+    inherited.close_inherited()
 
 
 os.register_at_fork(after_in_child=_start_afresh_in_child)

@@ -166,8 +166,8 @@ def closed_socket() -> socket.socket:
     ("make", "why"),
     [
         (io.StringIO, "text file"),
-        (lambda: Path("/dev/null").open("w", encoding="utf-8"), "text file"),
-        (lambda: Path("/dev/null").open("rb"), "not writable"),
+        (lambda: io.TextIOWrapper(io.BytesIO()), "text file"),
+        (lambda: io.BufferedReader(io.BytesIO()), "not writable"),
         (closed_file, "is closed"),
         (closed_socket, "is closed"),
         (lambda: _async_sink, "plain function"),
@@ -197,7 +197,7 @@ def test_copy_refuses_a_destination_that_cannot_be_written(
     [
         (io.StringIO, "text file"),
         (lambda: "text", "give bytes"),
-        (lambda: Path("/dev/null").open("wb"), "not readable"),
+        (lambda: io.BufferedWriter(io.BytesIO()), "not readable"),
         (closed_file, "is closed"),
         (closed_socket, "is closed"),
         (lambda: _async_sink, "plain function"),

@@ -386,10 +386,16 @@ def test_a_full_socket_holds_no_worker(tmp_path: Path) -> None:
         assert got == pattern(MIB)
 
 
-@pytest.mark.parametrize("blocking", [True, False])
-def test_a_full_pipe_holds_no_worker(blocking: bool, tmp_path: Path) -> None:
+def _no_such_flag(*_: object) -> int:
+    raise OSError(errno.EOPNOTSUPP, "as Linux before 6.5 says of a pipe")
+
+
+@pytest.mark.parametrize("kind", ["blocking", "blocking on an older kernel", "non-blocking"])
+def test_a_full_pipe_holds_no_worker(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "older" in kind:
+        monkeypatch.setattr(os, "pwritev", _no_such_flag)
     read_end, write_end = os.pipe()
-    os.set_blocking(write_end, blocking)
+    os.set_blocking(write_end, kind.startswith("blocking"))
     with open(read_end, "rb") as reader, open(write_end, "wb") as writer:
         with Shim(tmp_path, terminal=True) as shim:
             running = cio.copy(stdout=write_end)(shim.dio)
@@ -402,6 +408,26 @@ def test_a_full_pipe_holds_no_worker(blocking: bool, tmp_path: Path) -> None:
             running.wait()
         writer.close()
         assert reader.read() == b""
+
+
+def test_one_full_pipe_for_many_streams_holds_no_worker(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    with ExitStack() as stack:
+        reader = stack.enter_context(open(read_end, "rb"))
+        stack.enter_context(open(write_end, "wb"))
+        shims = [stack.enter_context(Shim(tmp_path, f"p{number}")) for number in range(10)]
+        running = [cio.copy(stdout=write_end, stderr=write_end)(shim.dio) for shim in shims]
+        for shim in shims:
+            shim.say(b"o" * 100_000)
+            shim.say(b"e" * 100_000, "stderr")
+        outputs = [stream for shim in shims for stream in shim.dio.outputs]
+        eventually(lambda: all(stream.in_hand for stream in outputs), "a chunk of each")
+        eventually(lambda: pump_threads() == ["libcontainerd-pump"], "the workers' end")
+
+        got = reader.read(2_000_000)
+        for each in running:
+            returns(each.wait)
+        assert (got.count(b"o"), got.count(b"e")) == (1_000_000, 1_000_000)
 
 
 def test_one_socket_for_all_three_streams(tmp_path: Path) -> None:
@@ -602,6 +628,7 @@ def test_cancel_wakes_whatever_is_blocked(state: str, end: str, tmp_path: Path) 
 
     ours, theirs = socket.socketpair()
     with Shim(tmp_path, with_stdin=True) as shim, ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # less than the process says
         stdin: cio.Input | None = None
         stdout: cio.Output | None = None
         if state == "in a callable":
@@ -616,7 +643,6 @@ def test_cancel_wakes_whatever_is_blocked(state: str, end: str, tmp_path: Path) 
         if state in ("in a callable", "full socket"):
             shim.run(shim.say, bytes(60000))
             if state == "full socket":
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
                 eventually(lambda: shim.dio.stdout.in_hand, "the read")
             else:
                 assert inside.wait(DEADLINE)

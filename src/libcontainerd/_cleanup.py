@@ -40,7 +40,9 @@ def remove_container(connection: Connection, sent: containers_pb2.Container) -> 
     def remove(over: Connection) -> None:
         deadline = Deadline(CLEAN_UP_SECONDS)
         request = containers_pb2.GetContainerRequest(id=sent.id)
-        found = over.call(over.containers.Get, request, doing=doing, deadline=deadline).container
+        found = over.call(
+            over.containers.Get, request, doing=doing, deadline=deadline, wait_for_ready=True
+        ).container
         if (found.labels, found.spec) == (sent.labels, sent.spec):
             deletion = containers_pb2.DeleteContainerRequest(id=sent.id)
             over.call(over.containers.Delete, deletion, doing=doing, deadline=deadline)
@@ -80,10 +82,14 @@ def delete_process(
     """
     if process.exec_id:
         exec_request = tasks_pb2.DeleteProcessRequest(container_id=container.id, exec_id=process.exec_id)
-        connection.call(connection.tasks.DeleteProcess, exec_request, doing=doing, deadline=deadline)
+        connection.call(
+            connection.tasks.DeleteProcess, exec_request, doing=doing, deadline=deadline, wait_for_ready=True
+        )
     else:
         task_request = tasks_pb2.DeleteTaskRequest(container_id=container.id)
-        connection.call(connection.tasks.Delete, task_request, doing=doing, deadline=deadline)
+        connection.call(
+            connection.tasks.Delete, task_request, doing=doing, deadline=deadline, wait_for_ready=True
+        )
 
 
 def _clean_up(connection: Connection, remove: Callable[[Connection], None], **what: str) -> None:

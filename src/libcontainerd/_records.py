@@ -49,12 +49,10 @@ class Step(Enum):
     REMOVE = "it was deleted, or its start failed"
 
 
-# Every move that there is. An answer and the event about the same thing come in either order: so a step that was
-# already taken leaves the state as it is, and an exit may be known before the answer of Start.
+# Every move that there is. Nothing is started, and so nothing ends, before the answer that it was made. But the answer of
+# a start, and the events that tell of it, come in either order: what was told before leaves the state as it is.
 TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
     (State.RESERVED, Step.CREATE): State.CREATED,
-    (State.RESERVED, Step.START): State.RUNNING,
-    (State.RESERVED, Step.EXIT): State.EXITED,
     (State.RESERVED, Step.REMOVE): State.GONE,
     (State.CREATED, Step.CREATE): State.CREATED,
     (State.CREATED, Step.START): State.RUNNING,
@@ -285,6 +283,8 @@ class Container:
         """The process is gone: drop its record, and remember its exit if it had one."""
         with self.changed:
             process.advance(Step.REMOVE)
+            if process.pid:  # the exit of a start that failed may still come, and is no news then
+                _remember(self._runs, (process.id, process.pid), None, _EXITS_PER_CONTAINER)
             if process is self.task:
                 self.task = None
             elif self.execs.get(process.id) is process:
@@ -355,6 +355,11 @@ class Container:
         with self.changed:
             self.changed.notify_all()
 
+    def is_reserved(self, process: Process) -> bool:
+        """Whether the process may not be in containerd yet."""
+        with self.changed:
+            return process.state is State.RESERVED
+
     def is_gone(self, process: Process) -> bool:
         """Whether the process is no longer in containerd, or never was."""
         with self.changed:
@@ -394,7 +399,9 @@ class Container:
         name = INIT_PROCESS_NAME if info.process_id == self.id else info.process_id
         if (name, info.pid) in self._runs:
             return None
-        if process is not None and process.pid in (0, info.pid):
+        if process is not None:
+            if process.state is State.RESERVED or process.pid not in (0, info.pid):
+                return None  # of an earlier run, which failed to start or was concluded without its event
             process.pid = info.pid
             self._latch(process, ExitStatus(info.exit_code, info.exited_at or datetime.now(UTC)))
             return self._claim_report(process)
@@ -411,9 +418,11 @@ class Container:
         return self.task if process_id in ("", self.id) else self.execs.get(process_id)
 
     def running(self) -> list[Process]:
-        """The processes whose exits are not known, init first."""
+        """The processes that are in containerd and whose exits are not known, init first."""
         with self.changed:
-            return [process for process in self._processes() if process.exit is None]
+            return [
+                each for each in self._processes() if each.exit is None and each.state is not State.RESERVED
+            ]
 
     def running_execs(self) -> list[Process]:
         """The execs whose exits are not known."""

@@ -29,7 +29,7 @@ from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
 from libcontainerd._runtime import mapped_root, read_runtime_options, task_options
 from libcontainerd._wire import typeurl
-from libcontainerd._wire.connection import Address, Connection, Deadline
+from libcontainerd._wire.connection import Address, Connection, Deadline, NotSentError
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
@@ -450,8 +450,9 @@ class Client:
         try:
             yield
         except BaseException as error:
-            # A process of that name that somebody else has in containerd is not ours to remove.
-            if process.attached is not None and not isinstance(error, ConflictError):
+            # What was never asked for is not there, and what somebody else has under that name is not ours to remove.
+            unmade = isinstance(error, ConflictError | NotSentError) and container.is_reserved(process)
+            if process.attached is not None and not unmade:
                 cleanup.remove_process(self._connection, container, process)
             if process.attached is not None:
                 process.attached.discard()
@@ -778,6 +779,13 @@ class Client:
         self._closed.set()
 
     def _deadline(self, timeout: float | None) -> Deadline:
+        """The deadline of a verb that begins.
+
+        Raises:
+            CallCancelledError: the client is closed.
+        """
+        if self._cut.is_set():
+            raise CallCancelledError("the client is closed")
         return Deadline(self._default_timeout if timeout is None else timeout)
 
 

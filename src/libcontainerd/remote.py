@@ -127,8 +127,7 @@ class Remote:
             default_timeout: As for `Client`.
 
         Raises:
-            InvalidParameterError: a value cannot be used. Nothing was touched.
-            NotFoundError: there is no such binary.
+            InvalidParameterError: a value cannot be used, or there is no such binary. Nothing was touched.
             ConflictError: a containerd of these directories is running.
             SystemFailureError: it ended before it served; the message holds the end of its log.
             DeadlineExceededError: it does not serve in time; likewise.
@@ -189,7 +188,9 @@ class Remote:
                 self._clients = [*(each for each in self._clients if not each.closed), client]
         if late:
             client.close()
-            raise CallCancelledError(f"cannot make a client of namespace {namespace!r}: the remote was cleaned up")
+            raise CallCancelledError(
+                f"cannot make a client of namespace {namespace!r}: the remote was cleaned up"
+            )
         return client
 
     def cleanup(self) -> None:

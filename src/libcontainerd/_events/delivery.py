@@ -151,7 +151,9 @@ class Delivery:
         return True
 
     def look(self, container: Container, process: Process, *, grace: bool = True) -> None:
-        """As `ask`, but no answer is no news."""
+        """As `ask`, but no answer is no news, and what is only just being made is not asked for."""
+        if container.is_reserved(process):
+            return
         try:
             self.ask(container, process, Deadline(_ASK_SECONDS), grace=grace)
         except LibcontainerdError as error:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from typing import Final, TypeVar
+from urllib.parse import quote
 
 import grpc
 from grpc.experimental import ChannelOptions
@@ -44,7 +45,8 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Its name notwithstanding, this is how long one attempt may take: a containerd that is merely slow is not dead.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Channels to one address would otherwise share a connection, and one's back-off would be the other's.
     ("grpc.use_local_subchannel_pool", 1),
@@ -54,6 +56,16 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
 # A unix socket's path makes no authority that an HTTP/2 server accepts, and a proxy has no business with it. Keepalive
 # pings stay off on every channel: containerd allows one in five minutes, and closes the connection of who sends more.
 _UNIX_OPTIONS: Final = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
+
+
+class NotSentError(LibcontainerdError):
+    """Mixed into the error of a call that never left this process, so that there is nothing to undo."""
+
+
+class _UnsentCancelledError(CallCancelledError, NotSentError): ...
+
+
+class _UnsentTooLateError(DeadlineExceededError, NotSentError): ...
 
 
 class Deadline:
@@ -112,7 +124,7 @@ class Address:
             if with_credentials:
                 raise InvalidParameterError(f"address {text!r}: credentials are for tcp:// addresses")
             self.path = rest
-            self.target = f"unix:{rest}"
+            self.target = f"unix:{quote(rest)}"
         elif scheme == "tcp":
             host, _, port = rest.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
@@ -191,6 +203,7 @@ class Connection:
         *,
         doing: str,
         deadline: Deadline,
+        wait_for_ready: bool = False,
     ) -> _Response:
         """Call a unary method and wait for its answer.
 
@@ -199,21 +212,22 @@ class Connection:
             request: Its request.
             doing: What is being done to what, for the error's message: ``"pause container 'web'"``.
             deadline: When to give up.
+            wait_for_ready: Wait for a containerd that is not there just now, rather than fail at once.
 
         Raises:
             LibcontainerdError: by the answer's status code; `CallCancelledError` when the connection was closed.
         """
         timeout = deadline.grpc_timeout()
         if timeout is not None and timeout <= 0:
-            raise DeadlineExceededError(f"cannot {doing}: the deadline has passed")
+            raise _UnsentTooLateError(f"cannot {doing}: the deadline has passed")
         try:
-            return method(request, timeout=timeout, metadata=self.metadata)
+            return method(request, timeout=timeout, metadata=self.metadata, wait_for_ready=wait_for_ready)
         except grpc.RpcError as error:
             raise self.error(error, doing) from error
         except ValueError as error:  # what grpcio raises on a closed channel
             if not self._closed:
                 raise
-            raise CallCancelledError(f"cannot {doing}: the client is closed") from error
+            raise _UnsentCancelledError(f"cannot {doing}: the client is closed") from error
 
     def error(self, error: grpc.RpcError, doing: str) -> LibcontainerdError:
         """Our error for one of gRPC's; a call that we cut off ourselves says so."""

@@ -295,7 +295,7 @@ class OutputStream(io.RawIOBase):
             finally:
                 self._end.release()
             self.taken += count
-            self._end_seen = self._end_seen or not count
+            self._end_seen = self._end_seen or (not count and view.nbytes > 0)
             return count
         if self.closed:
             raise ValueError(f"I/O operation on closed FIFO {self.path}")

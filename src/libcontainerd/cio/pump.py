@@ -340,7 +340,7 @@ _pump: Pump = Pump()
 
 
 def _start_afresh_in_child() -> None:
-    global _pump  # noqa: PLW0603 # the child has none of the parent's threads, and its locks may be held by one of them
+    global _pump  # the child has none of the parent's threads, and its locks may be held by one of them
     inherited, _pump = _pump, Pump()
     inherited.close_inherited()
 

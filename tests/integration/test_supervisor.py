@@ -148,7 +148,7 @@ def test_the_configuration_is_private_and_is_the_one_in_force(make: Make, direct
 
 
 def test_a_path_with_odd_characters_works(containerd_binary: Path, directory: Path) -> None:
-    odd = directory / "a bé'\""
+    odd = directory / "a b%41#?é'\""
 
     with Supervisor(odd / "root", odd / "state", Options(binary=str(containerd_binary))) as supervisor:
         assert "Server:" in ctr(supervisor, "version")

@@ -69,7 +69,7 @@ def remove_process(connection: Connection, container: Container, process: Proces
             else:
                 return
 
-    _clean_up(connection, remove, container=container.id, process=process.id)
+    _clean_up(connection, remove, container=container.id, exec=process.exec_id)
 
 
 def delete_process(

@@ -150,9 +150,8 @@ class Client:
         self._containers = ContainerMap()
         self._background = SerialQueue("background")
         self._closing, self._cut, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._lock = (
-            threading.Lock()
-        )  # lets one call of close be the first; nothing is called while it is held
+        # Lets one call of close be the first; innermost, nothing is called while it is held.
+        self._lock = threading.Lock()
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
         self._delivery = Delivery(self._connection, self._containers, backend, self._background)
         self._subscriber = Subscriber(
@@ -737,7 +736,7 @@ class Client:
         except LibcontainerdError as error:
             if not self._closing.is_set():
                 self._log.warning(
-                    "stdin_not_closed", container=container.id, process=process.id, error=str(error)
+                    "stdin_not_closed", container=container.id, exec=process.exec_id, error=str(error)
                 )
         finally:
             stream.ended.set()

@@ -92,7 +92,7 @@ class Delivery:
         process = container.process_of(event.info.process_id)
         info = container.apply(event.type, event.info)
         if info is None:
-            self._log.debug("event_repeated", container=container.id, process=event.info.process_id)
+            self._log.debug("event_repeated", container=container.id, exec=event.info.process_id)
         elif event.type is EventType.EXIT:
             self._queue_exit(container, process, info)
         else:
@@ -114,7 +114,7 @@ class Delivery:
             self._backend.process_event(info.container_id, event, info)
         except Exception:  # noqa: BLE001 - a backend's error is logged, and the next event delivered
             self._log.exception(
-                "backend_failed", container=info.container_id, process=info.process_id, event_type=str(event)
+                "backend_failed", container=info.container_id, exec=info.process_id, event_type=str(event)
             )
 
     def _deliver_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
@@ -157,7 +157,7 @@ class Delivery:
         try:
             self.ask(container, process, Deadline(_ASK_SECONDS), grace=grace)
         except LibcontainerdError as error:
-            self._log.debug("not_answered", container=container.id, process=process.id, error=str(error))
+            self._log.debug("not_answered", container=container.id, exec=process.exec_id, error=str(error))
 
     def settle(self, container: Container, process: Process) -> None:
         """See that an exit that is known is reported: by its event, or without where that does not come soon."""

@@ -7,7 +7,7 @@ import os
 import queue
 import sys
 
-from libcontainerd import Client, EventInfo, EventType, cio, oci
+from libcontainerd import Client, EventInfo, EventType, LibcontainerdError, cio, oci
 
 
 class Daemon:
@@ -21,7 +21,11 @@ class Daemon:
         """Create and start a container."""
         spec = oci.build(oci.default_spec(), oci.with_rootfs(rootfs), oci.with_args(*args))
         self.client.create(container_id, spec)
-        self.client.start(container_id, attach_stdio=cio.copy(stdout=1, stderr=2))
+        try:
+            self.client.start(container_id, attach_stdio=cio.copy(stdout=1, stderr=2))
+        except LibcontainerdError:  # no such program, say: the container is still ours to delete
+            self.client.delete(container_id)
+            raise
 
     def process_event(self, container_id: str, event: EventType, info: EventInfo) -> None:
         """Receive an event; its thread is ours for as long as we like, and every verb may be called."""

@@ -295,6 +295,45 @@ def test_a_key_is_taken_at_once_where_all_are_known_to_be_blocked() -> None:
     assert looks(crew, second, timed_out=True) is Move.TAKE
 
 
+def test_the_last_one_awake_takes_over_the_watch_and_lingers() -> None:
+    crew = Crew()
+    first = appointed(crew)
+    looks(crew, first)
+    second = appointed(crew)
+    assert looks(crew, second) == serial.PATIENCE
+    assert crew.finish(first, closed=False) == serial.LINGER
+    assert crew.watch is first
+    assert list(crew.idle) == [second]
+    # What came meanwhile is taken without a further wait, and the other one goes on to rest.
+    assert looks(crew, second, timed_out=True) == serial.IDLE
+    assert looks(crew, first, timed_out=True) is Move.TAKE
+
+
+def test_one_that_finishes_while_others_are_awake_and_watched_rests() -> None:
+    crew = Crew()
+    first = appointed(crew)
+    looks(crew, first)
+    second = appointed(crew)
+    looks(crew, second)
+    looks(crew, second, timed_out=True)
+    watch = appointed(crew)
+    assert crew.finish(first, closed=False) == serial.IDLE
+    assert crew.watch is watch
+
+
+def test_one_that_lingers_has_judged_nobody_yet() -> None:
+    crew = Crew()
+    workers = [appointed(crew)]
+    looks(crew, workers[0])
+    for _ in range(2):
+        workers.append(appointed(crew))
+        looks(crew, workers[-1])
+        assert looks(crew, workers[-1], timed_out=True) is Move.TAKE
+    assert list(crew.awake) == [workers[2]]
+    assert crew.finish(workers[1], closed=False) == serial.LINGER
+    assert looks(crew, workers[1], timed_out=True) is not Move.TAKE
+
+
 def test_the_one_that_went_idle_last_is_used_first() -> None:
     crew = Crew()
     workers = []
@@ -604,6 +643,17 @@ def test_close_lets_queued_items_finish_and_refuses_new_ones(no_leaks: None) -> 
     assert q.append("key", nothing) is False
     assert q.close(SOON) == 0
     assert len(ran) == 500
+
+
+def test_close_waits_for_its_threads_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serial, "LINGER", 0.2)
+    q = SerialQueue("gone")
+    ran = threading.Event()
+    q.append("key", ran.set)
+    assert ran.wait(SOON)
+    wait_until(lambda: not q._crew.running, "the worker lingers")
+    assert q.close(SOON) == 0
+    assert not threads_of("gone")
 
 
 def test_close_of_a_queue_that_was_never_used() -> None:

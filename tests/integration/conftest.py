@@ -17,7 +17,7 @@ import structlog
 
 from libcontainerd import Client, Remote, oci
 from libcontainerd.backends import RecordingBackend
-from tests.integration.containers import MakeSpec, Raw, shims_of, wait_until
+from tests.integration.containers import MakeSpec, Raw, kill_shims, shims_of, wait_until
 
 _LOG_LINES = 2000
 _log: deque[str] = deque(maxlen=_LOG_LINES)
@@ -63,7 +63,10 @@ def remote(containerd_binary: Path) -> Iterator[Remote]:
             directory / "root", directory / "state", log_level="info", binary=str(containerd_binary)
         ) as started:
             yield started
-            wait_until(lambda: not shims_of(started.address), "all shims have ended")
+            try:
+                wait_until(lambda: not shims_of(started.address), "all shims have ended")
+            finally:
+                kill_shims(started.address)
     finally:
         structlog.configure(**before)
         shutil.rmtree(directory)

@@ -266,14 +266,23 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def shims_of(address: str) -> list[str]:
-    """The command lines of the shims that belong to the containerd at an address."""
-    found = []
+def shims_of(address: str) -> dict[int, str]:
+    """The shims that belong to the containerd at an address: pids and command lines."""
+    found = {}
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
         with suppress(OSError):
             words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if words and b"containerd-shim" in words[0] and address.encode() in words:
-                found.append(b" ".join(words).decode())
+            if b"containerd-shim" in words[0] and address.encode() in words:
+                found[int(name)] = b" ".join(words).decode()
     return found
+
+
+def kill_shims(address: str) -> None:
+    """Kill the shims that a failed test has left, with their containers' processes."""
+    for pid in shims_of(address):
+        with suppress(OSError):
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            for each in (pid, *map(int, children)):
+                os.kill(each, signal.SIGKILL)

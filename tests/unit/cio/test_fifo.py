@@ -874,6 +874,7 @@ def test_shut_sends_no_end_of_input(stdin: Stdin) -> None:
     stdin.stream.close()
     stdin.stream.process_is_there()
     assert stdin.stream.closed
+    assert stdin.closes == []
 
 
 def test_a_stdin_that_is_dropped_before_its_process_came_closes_its_descriptors(path: str) -> None:
@@ -947,6 +948,7 @@ def _error_after(done: list[str]) -> type[Exception] | None:
 
 
 def _asked_for_the_end(done: list[str]) -> int:
-    """Whether closing and being there have both come before the end was known."""
-    before = done[: done.index("ended")] if "ended" in done else done
+    """Whether closing and being there have both come before the stream's end."""
+    ends = [done.index(step) for step in ("ended", "shut") if step in done]
+    before = done[: min(ends, default=len(done))]
     return int("close" in before and "there" in before)

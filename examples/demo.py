@@ -93,6 +93,7 @@ def live(story: Story, client: Client, rootfs: Path) -> None:
         oci.default_spec(),
         oci.with_rootfs(rootfs),
         oci.with_hostname("inside"),
+        oci.with_cgroup_path(f"/{NAMESPACE}"),  # runc's own choice is the id, which another demo may have too
         oci.with_args("sh", "-c", SCRIPT),
     )
     init = Stdio()

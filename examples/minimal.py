@@ -3,9 +3,12 @@
 python examples/minimal.py ADDRESS STATE_DIR ROOTFS PROGRAM [ARGUMENT...]
 """
 
+import logging
 import os
 import queue
 import sys
+
+import structlog
 
 from libcontainerd import Client, EventInfo, EventType, LibcontainerdError, cio, oci
 
@@ -36,6 +39,10 @@ class Daemon:
 
 
 if __name__ == "__main__":
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     address, state_dir, rootfs, *args = sys.argv[1:]
     daemon = Daemon(address, os.path.abspath(state_dir))
     with daemon.client:

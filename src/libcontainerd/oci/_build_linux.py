@@ -325,7 +325,8 @@ def with_devices(*devices: LinuxDevice | str | os.PathLike[str], access: str = "
             for device in wanted
             if device.type != "p"
         ]
-        resources.devices = [*(resources.devices or ()), *rules]
+        present = list(resources.devices or ())
+        resources.devices = [*present, *(rule for rule in rules if rule not in present)]
 
     return Option("with_devices", edit)
 

@@ -79,15 +79,22 @@ def dump(document: Model) -> bytes:
 def to_mapping(document: Model) -> dict[str, object]:
     """Give a model as a new plain `dict` with the specification's own member names.
 
-    As `dump`, but not as text.
+    As `dump`, but not as text. What has been put into the model since it was made is not checked.
 
     Raises:
-        InvalidParameterError: if an unknown member has been made to contain itself.
+        InvalidParameterError: if text in it is not Unicode, or it has been made to contain itself.
     """
+    return _mapping(document, type(document).__name__)
+
+
+def _mapping(document: Model, what: str) -> dict[str, object]:
     try:
-        return document.model_dump(by_alias=True, exclude_unset=True, warnings=False)
+        members = document.model_dump(by_alias=True, exclude_unset=True, warnings=False)
     except ValueError as error:
-        raise InvalidParameterError(f"this {type(document).__name__} cannot be written: {error}") from error
+        raise InvalidParameterError(f"invalid {what}: {error}") from error
+    # Pydantic hands out unknown members as they are, not as copies.
+    copied = _plain(members, what)
+    return copied if isinstance(copied, dict) else members
 
 
 def parse(document: object, model: type[_M], what: str) -> _M:
@@ -106,12 +113,12 @@ def parse(document: object, model: type[_M], what: str) -> _M:
         ):
             value = _plain(value, what)
     elif isinstance(document, model):
-        value = _plain(to_mapping(document), what)
+        value = _mapping(document, what)
     elif isinstance(document, Mapping):
         value = _plain(document, what)
     else:
         raise InvalidParameterError(
-            f"a {what} must be {model.__name__}, a mapping or JSON text, not {type(document).__name__}"
+            f"invalid {what}: must be a mapping, JSON text or oci.{model.__name__}, not {type(document).__name__}"
         )
     return validated(value, model, what)
 
@@ -139,10 +146,7 @@ def validated(value: object, model: type[_M], what: str) -> _M:
     if isinstance(parsed, Spec) and not parsed.model_fields_set.isdisjoint(PLATFORMS):
         _check_platforms(parsed, what)
     if unknown.found:
-        for path, known in _lookalikes(parsed, ""):
-            raise InvalidParameterError(
-                f"invalid {what}: {path}: the member's name is {known!r}, and Go would take this for it"
-            )
+        _settle(parsed, value, "", what)
     return parsed
 
 
@@ -160,29 +164,42 @@ def _check_platforms(spec: Spec, what: str) -> None:
             raise InvalidParameterError(f"invalid {what}: {problems(error, name)}") from error
 
 
-def _lookalikes(model: Model, path: str) -> Iterator[tuple[str, str]]:
-    """Find unknown members that Go's decoder, which ignores case, would take for known ones."""
+def _settle(model: Model, source: object, path: str, what: str) -> None:
+    """Look after the unknown members of a model and of all below it; `source` is what it was made from.
+
+    Raises:
+        InvalidParameterError: for one that Go's decoder, which ignores case, would take for a known one.
+    """
+    if not isinstance(source, dict):
+        return
+    fields = type(model).model_fields
     if model.model_extra:
-        known = {
-            folded(field.alias or name): field.alias or name
-            for name, field in type(model).model_fields.items()
-        }
+        known = {folded(field.alias or name): field.alias or name for name, field in fields.items()}
         for name in model.model_extra:
             if folded(name) in known:
-                yield join(path, name), known[folded(name)]
-    for name, field in type(model).model_fields.items():
-        member = join(path, field.alias or name)
-        value = getattr(model, name)
-        if isinstance(value, Model):
-            yield from _lookalikes(value, member)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                if isinstance(item, Model):
-                    yield from _lookalikes(item, f"{member}[{index}]")
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                if isinstance(item, Model):
-                    yield from _lookalikes(item, join(member, key))
+                raise InvalidParameterError(
+                    f"invalid {what}: {join(path, name)}: the member's name is {known[folded(name)]!r},"
+                    " and Go would take this for it"
+                )
+            # Pydantic keeps one set of names for both: a member that has the Python name of a known one by chance
+            # would make that one look set.
+            if name in fields and fields[name].alias not in source:
+                model.model_fields_set.discard(name)
+    for name, field in fields.items():
+        alias = field.alias or name
+        for step, item, origin in _pairs(getattr(model, name), source.get(alias)):
+            if isinstance(item, Model):
+                _settle(item, origin, path_of(step, join(path, alias)), what)
+
+
+def _pairs(value: object, source: object) -> Iterator[tuple[tuple[int | str, ...], object, object]]:
+    """Yield what may be a model in a member's value: the steps to it, itself, and what it was made from."""
+    if isinstance(value, list) and isinstance(source, list):
+        yield from (((index,), item, source[index]) for index, item in enumerate(value))
+    elif isinstance(value, dict) and isinstance(source, dict):
+        yield from (((key,), item, source[key]) for key, item in value.items())
+    else:
+        yield (), value, source
 
 
 def problems(error: ValidationError, section: str = "") -> str:

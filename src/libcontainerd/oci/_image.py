@@ -235,7 +235,9 @@ def _read_inside(rootfs: Path, path: str) -> bytes:
         )
     except OSError:
         return b""
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return b""
-        return file.read(_MOST_BYTES)
+        return os.read(descriptor, _MOST_BYTES)
+    finally:
+        os.close(descriptor)

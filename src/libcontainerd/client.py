@@ -35,6 +35,7 @@ from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
+from libcontainerd._wire.shelter import CLEAN_UP_SECONDS, Shelter
 from libcontainerd.cio import null_io
 from libcontainerd.cio.attached import Attached
 from libcontainerd.cio.fifo import FifoSet
@@ -58,21 +59,19 @@ from libcontainerd.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Self
 
     import grpc
     from google.protobuf.message import Message
 
     from libcontainerd import oci
+    from libcontainerd._wire.shelter import Lease
     from libcontainerd.cio import AttachStdio
     from libcontainerd.cio.fifo import InputStream
     from libcontainerd.types import Backend
 
 _CONNECT_SECONDS: Final = 10.0
-_CLEAN_UP_SECONDS: Final = 45.0
-"""The deadline of what undoes a failed or cancelled call; never the caller's, which may be what has just passed."""
-
 _DELETE_RESERVE_SECONDS: Final = 15.0
 """What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
 
@@ -153,7 +152,10 @@ class Client:
         # Lets one call of close be the first; innermost, nothing is called while it is held.
         self._lock = threading.Lock()
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
-        self._delivery = Delivery(self._connection, self._containers, backend, self._background)
+        self._shelter = Shelter(parsed, self._connection.metadata, credentials)
+        self._delivery = Delivery(
+            self._connection, self._shelter, self._containers, backend, self._background
+        )
         self._subscriber = Subscriber(
             self._connection, on_event=self._delivery.receive, on_live=self._delivery.catch_up
         )
@@ -247,14 +249,13 @@ class Client:
                     spec=typeurl.pack_json(typeurl.SPEC_URL, document),
                 )
             )
-            try:
-                self._connection.call(
-                    self._connection.containers.Create, request, doing=doing, deadline=deadline
-                )
-            except BaseException as error:
-                if not isinstance(error, LibcontainerdError) or isinstance(error, _OUTCOME_UNKNOWN):
-                    cleanup.remove_container(self._connection, request.container)
-                raise
+            with self._shelter.enter(doing) as calls:
+                try:
+                    calls.call(calls.containers.Create, request, doing=doing, deadline=deadline)
+                except BaseException as error:
+                    if not isinstance(error, LibcontainerdError) or isinstance(error, _OUTCOME_UNKNOWN):
+                        cleanup.remove_container(calls, request.container)
+                    raise
             undo.pop_all()
         container.publish(bundle, facts)
         self._containers.publish(container)
@@ -322,15 +323,14 @@ class Client:
             raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
         deadline = self._deadline(timeout)
         container = self._containers.get(container_id)
-        task = container.reserve_task()
         doing = f"start container {container_id!r}"
         terminal = container.facts.terminal
-        with self._undone_on_failure(container, task):
+        with self._making(container, container.reserve_task, doing) as (calls, task):
             attached = self._attach(
                 container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
-            created = self._connection.call(
-                self._connection.tasks.Create,
+            created = calls.call(
+                calls.tasks.Create,
                 tasks_pb2.CreateTaskRequest(
                     container_id=container_id,
                     terminal=terminal,
@@ -344,8 +344,8 @@ class Client:
             )
             container.advance(task, Step.CREATE, created.pid)
             attached.process_is_there()
-            started = self._connection.call(
-                self._connection.tasks.Start,
+            started = calls.call(
+                calls.tasks.Start,
                 tasks_pb2.StartRequest(container_id=container_id),
                 doing=doing,
                 deadline=deadline,
@@ -394,14 +394,14 @@ class Client:
         document = oci.dump(model)
         terminal = bool(model.terminal)
         container = self._containers.get(container_id)
-        record = container.reserve_exec(process_id)
+        reserve = partial(container.reserve_exec, process_id)
         doing = f"exec {process_id!r} in container {container_id!r}"
-        with self._undone_on_failure(container, record):
+        with self._making(container, reserve, doing) as (calls, record):
             attached = self._attach(
                 container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
-            self._connection.call(
-                self._connection.tasks.Exec,
+            calls.call(
+                calls.tasks.Exec,
                 tasks_pb2.ExecProcessRequest(
                     container_id=container_id,
                     exec_id=process_id,
@@ -415,8 +415,8 @@ class Client:
                 deadline=deadline,
             )
             container.advance(record, Step.CREATE)
-            started = self._connection.call(
-                self._connection.tasks.Start,
+            started = calls.call(
+                calls.tasks.Start,
                 tasks_pb2.StartRequest(container_id=container_id, exec_id=process_id),
                 doing=doing,
                 deadline=deadline,
@@ -445,18 +445,23 @@ class Client:
         return attached
 
     @contextmanager
-    def _undone_on_failure(self, container: Container, process: Process) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            # What was never asked for is not there, and what somebody else has under that name is not ours to remove.
-            unmade = isinstance(error, ConflictError | NotSentError) and container.is_reserved(process)
-            if process.attached is not None and not unmade:
-                cleanup.remove_process(self._connection, container, process)
-            if process.attached is not None:
-                process.attached.discard()
-            container.forget(process)
-            raise
+    def _making(
+        self, container: Container, reserve: Callable[[], Process], doing: str
+    ) -> Iterator[tuple[Lease, Process]]:
+        """Reserve a process, and take back all that was made of it if the block fails."""
+        with self._shelter.enter(doing) as calls:
+            process = reserve()
+            try:
+                yield calls, process
+            except BaseException as error:
+                # What was never asked for is not there; what somebody else has under that name is not ours to remove.
+                unmade = isinstance(error, ConflictError | NotSentError) and container.is_reserved(process)
+                if process.attached is not None and not unmade:
+                    cleanup.remove_process(calls, container, process)
+                if process.attached is not None:
+                    process.attached.discard()
+                container.forget(process)
+                raise
 
     # ------------------------------------------------------------------------------------------- running processes
 
@@ -693,12 +698,8 @@ class Client:
             limit = max(1.0, deadline.remaining() - _DELETE_RESERVE_SECONDS)
             drained = self._delivery.drain(container, container.attached(), limit)
             try:
-                answer = self._connection.call(
-                    self._connection.tasks.Delete,
-                    tasks_pb2.DeleteTaskRequest(container_id=container.id),
-                    doing=doing,
-                    deadline=deadline,
-                )
+                with self._shelter.enter(doing) as calls:
+                    answer = cleanup.delete_process(calls, container, task, doing=doing, deadline=deadline)
                 container.note_exit(task, catchup.exit_status(answer.exit_status, answer.exited_at))
             except NotFoundError:
                 pass  # deleted by another hand, or by a call of ours whose answer got lost: the exit is known
@@ -732,7 +733,7 @@ class Client:
     def _end_stdin(self, container: Container, process: Process, stream: InputStream) -> None:
         try:
             stream.end_input()
-            self._close_io(container, process, Deadline(_CLEAN_UP_SECONDS))
+            self._close_io(container, process, Deadline(CLEAN_UP_SECONDS))
         except LibcontainerdError as error:
             if not self._closing.is_set():
                 self._log.warning(
@@ -774,6 +775,7 @@ class Client:
             container.wake()
         self._delivery.shut_leftovers()
         self._connection.close()
+        self._shelter.close()
         self._background.close(left())
         self._closed.set()
 

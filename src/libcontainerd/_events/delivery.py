@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from libcontainerd._cleanup import CLEAN_UP_SECONDS, delete_process
+from libcontainerd._cleanup import delete_process
 from libcontainerd._events import catchup
 from libcontainerd._events.decode import MalformedEvent, decode
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._wire.connection import Deadline
+from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
 from libcontainerd.cio.direct import drain
 from libcontainerd.errors import (
     DeadlineExceededError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from libcontainerd._records import Container, ContainerMap, Process
     from libcontainerd._wire.connection import Connection
     from libcontainerd._wire.pb.types.event_pb2 import Envelope
+    from libcontainerd._wire.shelter import Shelter
     from libcontainerd.cio.attached import Attached
     from libcontainerd.cio.fifo import InputStream, OutputStream
     from libcontainerd.types import Backend, EventInfo
@@ -51,11 +53,13 @@ class Delivery:
     def __init__(
         self,
         connection: Connection,
+        shelter: Shelter,
         containers: ContainerMap,
         backend: Backend | None,
         background: SerialQueue,
     ) -> None:
         self._connection = connection
+        self._shelter = shelter
         self._containers = containers
         self._backend = backend
         self._background = background
@@ -201,7 +205,8 @@ class Delivery:
         deadline = Deadline(CLEAN_UP_SECONDS)
         while True:
             try:
-                delete_process(self._connection, container, process, doing=doing, deadline=deadline)
+                with self._shelter.enter(doing) as calls:
+                    delete_process(calls, container, process, doing=doing, deadline=deadline)
             except (UnavailableError, DeadlineExceededError) as error:
                 if deadline.remaining() > 0 and not self._closing.wait(_RETRY_SECONDS):
                     continue

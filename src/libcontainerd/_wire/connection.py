@@ -62,10 +62,12 @@ class NotSentError(LibcontainerdError):
     """Mixed into the error of a call that never left this process, so that there is nothing to undo."""
 
 
-class _UnsentCancelledError(CallCancelledError, NotSentError): ...
+class UnsentCancelledError(CallCancelledError, NotSentError):
+    """The client was closed before."""
 
 
-class _UnsentTooLateError(DeadlineExceededError, NotSentError): ...
+class UnsentTooLateError(DeadlineExceededError, NotSentError):
+    """The deadline had passed before."""
 
 
 class Deadline:
@@ -187,7 +189,6 @@ class Connection:
         self.address = address
         self.namespace = namespace
         self.metadata: Metadata = ((NAMESPACE_HEADER, namespace),)
-        self._credentials = credentials
         self._channel = open_channel(address, credentials)
         self.containers = ContainersStub(self._channel)
         self.tasks = TasksStub(self._channel)
@@ -203,7 +204,6 @@ class Connection:
         *,
         doing: str,
         deadline: Deadline,
-        wait_for_ready: bool = False,
     ) -> _Response:
         """Call a unary method and wait for its answer.
 
@@ -212,32 +212,27 @@ class Connection:
             request: Its request.
             doing: What is being done to what, for the error's message: ``"pause container 'web'"``.
             deadline: When to give up.
-            wait_for_ready: Wait for a containerd that is not there just now, rather than fail at once.
 
         Raises:
             LibcontainerdError: by the answer's status code; `CallCancelledError` when the connection was closed.
         """
         timeout = deadline.grpc_timeout()
         if timeout is not None and timeout <= 0:
-            raise _UnsentTooLateError(f"cannot {doing}: the deadline has passed")
+            raise UnsentTooLateError(f"cannot {doing}: the deadline has passed")
         try:
-            return method(request, timeout=timeout, metadata=self.metadata, wait_for_ready=wait_for_ready)
+            return method(request, timeout=timeout, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self.error(error, doing) from error
         except ValueError as error:  # what grpcio raises on a closed channel
             if not self._closed:
                 raise
-            raise _UnsentCancelledError(f"cannot {doing}: the client is closed") from error
+            raise UnsentCancelledError(f"cannot {doing}: the client is closed") from error
 
     def error(self, error: grpc.RpcError, doing: str) -> LibcontainerdError:
         """Our error for one of gRPC's; a call that we cut off ourselves says so."""
         if self._closed:
             return CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
         return translate(error, doing)
-
-    def reopen(self) -> Connection:
-        """Another connection of the same kind, for what must be done after this one was closed."""
-        return Connection(self.address, namespace=self.namespace, credentials=self._credentials)
 
     def close(self) -> None:
         """Cancel every call under way and close the channel; idempotent."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def directory(containerd_binary: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="lc-docs-"))
     yield made
     shutil.rmtree(made)
+    with suppress(OSError):  # what runc leaves of the namespace
+        Path("/run/containerd/runc/quickstart").rmdir()
 
 
 def test_the_readme_is_among_them() -> None:

@@ -122,10 +122,15 @@ class End:
     def __init__(self, path: str, flags: int) -> None:
         self.path = path
         self._lock = threading.Lock()  # guards the four below; innermost, nothing is called while it is held
-        self._fd = _open_fifo(path, flags)
-        self._wake = -1  # an eventfd, made when somebody first blocks
+        self._fd = self._wake = -1  # the latter an eventfd, made when somebody first blocks
         self._users = 0
         self._closed = False
+        self._fd = _open_fifo(path, flags)
+
+    def __del__(self) -> None:
+        for fd in (self._fd, self._wake):  # nobody uses them: the last reference is gone
+            if fd >= 0:
+                os.close(fd)
 
     @property
     def closed(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from libcontainerd.oci._document import validated
 from libcontainerd.oci._model import Spec
 
-# Nothing below needs a later version, and crun before 1.9 refuses every version without "1.0" in it.
+# Nothing below needs a later version, and crun 1.8 refuses every version that has no "1.0" in it.
 OCI_VERSION = "1.0.2"
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -149,8 +149,14 @@ def texts() -> st.SearchStrategy[str]:
 
 def accepted(node: Node, *, strict: bool = False) -> st.SearchStrategy[object]:
     """Make values that Go's decoder takes for a property; with `strict`, those that the schema takes as well."""
-    value = _STRATEGIES.get(node.shape, _integers)(node, strict)
-    return value if strict else st.one_of(value, value, value, value, st.none())
+    if (id(node), strict) not in _MADE:
+        value = _STRATEGIES.get(node.shape, _integers)(node, strict)
+        _MADE[id(node), strict] = value if strict else st.one_of(value, value, value, value, st.none())
+    return _MADE[id(node), strict]
+
+
+# Making a strategy costs more than drawing from it; the nodes live as long as the module.
+_MADE: Final[dict[tuple[int, bool], st.SearchStrategy[object]]] = {}
 
 
 @st.composite

@@ -1,0 +1,161 @@
+"""What shim and runtime are told: runc's options of a container and a task, and whose its stdio is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libcontainerd import oci
+from libcontainerd._runtime import mapped_root, read_runtime_options, task_options
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.pb import wellknown_pb2
+from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
+from libcontainerd.errors import InvalidParameterError
+
+BOOLS = ("no_pivot_root", "no_new_keyring", "systemd_cgroup")
+TEXTS = ("shim_cgroup", "binary_name", "root", "criu_image_path", "criu_work_path")
+NUMBERS = ("io_uid", "io_gid")
+
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.booleans() for name in BOOLS},
+        **{name: st.text(st.characters(codec="utf-8")) for name in TEXTS},
+        **{name: st.integers(0, 2**32 - 1) for name in NUMBERS},
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_ramdisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOCKER_RAMDISK", raising=False)
+
+
+# --------------------------------------------------------------------------------------------------- a container's options
+
+
+def test_none_is_none() -> None:
+    assert read_runtime_options(None) is None
+
+
+@given(fields=FIELDS)
+def test_a_mapping_and_a_message_say_the_same(fields: dict[str, object]) -> None:
+    from_mapping = read_runtime_options(fields)
+    assert from_mapping is not None
+    for name in (*BOOLS, *TEXTS, *NUMBERS):
+        assert getattr(from_mapping, name) == fields.get(name, type(getattr(Options(), name))())
+    from_message = read_runtime_options(from_mapping)
+    assert from_message == from_mapping
+    assert from_message is not from_mapping, "the caller keeps his own"
+
+
+def test_an_empty_mapping_is_empty_options() -> None:
+    assert read_runtime_options({}) == Options()
+
+
+def test_another_message_is_refused() -> None:
+    with pytest.raises(
+        InvalidParameterError, match=r"want a containerd\.runc\.v1\.Options, not a containerd\.runc"
+    ):
+        read_runtime_options(CheckpointOptions())
+    with pytest.raises(InvalidParameterError, match=r"not a google\.protobuf\.Any"):
+        read_runtime_options(wellknown_pb2.Any())
+
+
+def test_a_copy_of_the_message_from_another_pool_is_taken() -> None:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto()
+    Options.DESCRIPTOR.file.CopyToProto(file)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    theirs = message_factory.GetMessageClass(pool.FindMessageTypeByName(Options.DESCRIPTOR.full_name))
+    assert theirs is not Options
+    assert read_runtime_options(theirs(binary_name="crun", io_uid=5)) == Options(binary_name="crun", io_uid=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"binaryname": "crun"}, "no field 'binaryname'; there are binary_name, "),
+        ({"binary_name": 5}, "binary_name: "),
+        ({"systemd_cgroup": "yes"}, "systemd_cgroup: "),
+        ({"io_uid": -1}, "io_uid: "),
+        ({"io_uid": 2**32}, "io_uid: "),
+        ({"io_gid": None}, "io_gid: "),
+        ({5: "x"}, "no field 5"),
+    ],
+)
+def test_a_bad_field_is_named(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidParameterError, match="runtime_options: " + said):
+        read_runtime_options(fields)
+
+
+# -------------------------------------------------------------------------------------------------------- a task's options
+
+
+def told(options: Options | None, owner: tuple[int, int]) -> Options | None:
+    packed = task_options(options, owner)
+    return None if packed is None else typeurl.unpack(packed, Options)
+
+
+def test_where_the_containers_options_say_it_all_a_task_has_none() -> None:
+    assert told(None, (0, 0)) is None
+    assert told(Options(binary_name="crun"), (0, 0)) is None
+
+
+@given(fields=FIELDS, uid=st.integers(1, 2**32 - 1), gid=st.integers(0, 2**32 - 1))
+def test_a_mapped_root_owns_the_stdio(fields: dict[str, object], uid: int, gid: int) -> None:
+    options = read_runtime_options(fields)
+    assert options is not None
+    kept = Options.FromString(options.SerializeToString())
+    answer = told(options, (uid, gid))
+    assert answer is not None
+    assert (answer.io_uid, answer.io_gid) == (uid, gid)
+    assert options == kept, "the container's own stay as they are"
+    answer.io_uid, answer.io_gid = options.io_uid, options.io_gid
+    assert answer == options, "containerd takes a task's options instead of the container's, so they say all"
+
+
+def test_a_ramdisk_cannot_be_pivoted_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_RAMDISK", "")
+    assert told(None, (0, 0)) is None
+    monkeypatch.setenv("DOCKER_RAMDISK", "1")
+    assert told(None, (0, 0)) == Options(no_pivot_root=True)
+    assert told(Options(root="/r"), (5, 6)) == Options(root="/r", io_uid=5, io_gid=6, no_pivot_root=True)
+
+
+def test_a_containers_no_pivot_root_stays() -> None:
+    assert told(Options(no_pivot_root=True), (5, 6)) == Options(no_pivot_root=True, io_uid=5, io_gid=6)
+
+
+# ---------------------------------------------------------------------------------------------------------- a mapped root
+
+
+def spec(document: dict[str, object] | None) -> oci.Spec:
+    return oci.parse_spec({"ociVersion": "1.0.2", **({} if document is None else {"linux": document})})
+
+
+def mapping(container: int, host: int, size: int) -> dict[str, int]:
+    return {"containerID": container, "hostID": host, "size": size}
+
+
+USER = {"namespaces": [{"type": "pid"}, {"type": "user"}]}
+
+
+@pytest.mark.parametrize(
+    ("linux", "owner"),
+    [
+        (None, (0, 0)),
+        ({}, (0, 0)),
+        (USER, (0, 0)),
+        ({"uidMappings": [mapping(0, 1000, 1)]}, (0, 0)),
+        ({**USER, "uidMappings": [mapping(0, 1000, 1)], "gidMappings": [mapping(0, 1001, 1)]}, (1000, 1001)),
+        ({**USER, "uidMappings": [mapping(1, 5, 10), mapping(0, 7, 1)]}, (7, 0)),
+        ({**USER, "uidMappings": [mapping(0, 5, 0), mapping(0, 7, 1)]}, (7, 0)),
+        ({**USER, "uidMappings": [mapping(1, 5, 10)]}, (0, 0)),
+    ],
+)
+def test_the_host_ids_of_a_containers_root(linux: dict[str, object] | None, owner: tuple[int, int]) -> None:
+    assert mapped_root(spec(linux)) == owner

@@ -80,6 +80,26 @@ class Bundle:
                     return cls(path, owner, tuple(made))
             raise FileNotFoundError(f"{full}: its parents keep disappearing")
 
+    def ensure(self) -> None:
+        """Make the directory again if somebody has taken it away: a cleaner of temporary files, or a lost race.
+
+        Raises:
+            PermissionDeniedError: this user may not make it.
+            SystemFailureError: the file system refuses otherwise.
+        """
+        if os.path.isdir(self.path):
+            return
+        with _translated(f"make the bundle directory {self.path}"):
+            missing = []
+            path = self.path
+            while not os.path.isdir(path):
+                missing.append(path)
+                path = os.path.dirname(path)
+            for directory in reversed(missing):
+                mapped = self.owner != (0, 0)
+                if _make_directory(directory, 0o700 if mapped else 0o755, []) and mapped:
+                    os.chown(directory, *self.owner)
+
     def undo(self) -> None:
         """Take back what `prepare` made, and nothing that was there before."""
         _remove_empty(self.made)

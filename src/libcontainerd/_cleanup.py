@@ -43,12 +43,32 @@ def remove_container(calls: Lease, sent: containers_pb2.Container) -> None:
 
 
 def remove_process(calls: Lease, container: Container, process: Process) -> None:
-    """Remove a process from containerd, whatever its state: never made, made, running or ended."""
+    """Remove a process from containerd, whatever its state; what cannot be done is logged."""
     doing = f"clean up after {process.id!r} in container {container.id!r}"
     deadline = Deadline(CLEAN_UP_SECONDS)
     calls.settle(deadline)
-    kill = tasks_pb2.KillRequest(container_id=container.id, exec_id=process.exec_id, signal=signal.SIGKILL)
     try:
+        end_process(calls, container, process, doing=doing, deadline=deadline)
+    except LibcontainerdError as error:
+        _log.error(
+            "clean_up_failed",
+            namespace=calls.namespace,
+            container=container.id,
+            exec=process.exec_id,
+            error=str(error),
+        )
+
+
+def end_process(
+    calls: Lease, container: Container, process: Process, *, doing: str, deadline: Deadline
+) -> None:
+    """Kill and delete a process, whatever its state: never made, made, running, ended or gone.
+
+    Raises:
+        LibcontainerdError: it could not be done by the deadline.
+    """
+    kill = tasks_pb2.KillRequest(container_id=container.id, exec_id=process.exec_id, signal=signal.SIGKILL)
+    with suppress(NotFoundError):
         while True:
             try:
                 delete_process(calls, container, process, doing=doing, deadline=deadline)
@@ -58,16 +78,6 @@ def remove_process(calls: Lease, container: Container, process: Process) -> None
                 container.wait_exit(process, _KILL_AGAIN_SECONDS)
             else:
                 return
-    except NotFoundError:
-        pass
-    except LibcontainerdError as error:
-        _log.error(
-            "clean_up_failed",
-            namespace=calls.namespace,
-            container=container.id,
-            exec=process.exec_id,
-            error=str(error),
-        )
 
 
 def delete_process(

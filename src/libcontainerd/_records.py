@@ -17,7 +17,7 @@ from libcontainerd.errors import ConflictError, FailedPreconditionError, Invalid
 from libcontainerd.types import INIT_PROCESS_NAME, EventInfo, EventType, ExitStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from libcontainerd._bundle import Bundle
     from libcontainerd._wire.pb.runc.options_pb2 import Options
@@ -140,7 +140,7 @@ class Container:
 
     __slots__ = ("_deleting", "_exits", "_runs", "bundle", "changed", "execs", "facts", "id", "ready", "task")
 
-    def __init__(self, container_id: str, predecessor: Container | None = None) -> None:
+    def __init__(self, container_id: str, earlier_runs: Iterable[tuple[str, int]] = ()) -> None:
         self.id = container_id
         # Guards every member below and every Process in them. Second in the order, after the map's lock; a waiter may
         # hold it only while it waits on the condition.
@@ -153,14 +153,17 @@ class Container:
         self._deleting = False
         self._exits: OrderedDict[str, ExitStatus] = OrderedDict()
         # An exit of an earlier container of the same id may come late, or twice: it must not become this one's.
-        self._runs: OrderedDict[tuple[str, int], None] = OrderedDict()
-        if predecessor is not None:
-            self._runs.update(predecessor._runs)  # noqa: SLF001 - its own class's
+        self._runs: OrderedDict[tuple[str, int], None] = OrderedDict.fromkeys(earlier_runs)
 
     def publish(self, bundle: Bundle, facts: SpecFacts) -> None:
         """The container is in containerd: from now on the verbs may find it."""
         with self.changed:
             self.bundle, self.facts, self.ready = bundle, facts, True
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Name and pid of the processes whose exits were delivered."""
+        with self.changed:
+            return list(self._runs)
 
     # Looking up.
 
@@ -305,9 +308,10 @@ class Container:
             process.advance(step)
             self.changed.notify_all()
 
-    def note_exit(self, process: Process, status: ExitStatus) -> None:
+    def note_exit(self, process: Process, status: ExitStatus, pid: int = 0) -> None:
         """Note an exit that a call has brought to light, before or instead of its event."""
         with self.changed:
+            process.pid = process.pid or pid
             self._latch(process, status)
 
     def _latch(self, process: Process, status: ExitStatus) -> None:
@@ -389,10 +393,11 @@ class Container:
                 return self._apply_exit(process, info)
             if event is EventType.OOM and self.task is not None:
                 self.task.oom_killed = True
-            elif process is not None and (step := _STEP_OF_EVENT.get(event)) is not None:
-                process.pid = process.pid or info.pid
-                process.advance(step)
-                self.changed.notify_all()
+            elif process is not None and (process.id, info.pid) not in self._runs:
+                step = _STEP_OF_EVENT.get(event)
+                if step is not None and process.advance(step):
+                    process.pid = process.pid or info.pid
+                    self.changed.notify_all()
             return replace(info, oom_killed=True) if self._oom_killed() else info
 
     def _apply_exit(self, process: Process | None, info: EventInfo) -> EventInfo | None:
@@ -471,12 +476,13 @@ class ContainerMap:
         Raises:
             ConflictError: it is taken.
         """
+        earlier = self.deleted(container_id)
+        container = Container(container_id, () if earlier is None else earlier.runs())
         with self._lock:
             if container_id in self._containers:
                 raise ConflictError(f"cannot create container {container_id!r}: id already in use")
-            container = Container(container_id, self._deleted.get(container_id))
             self._containers[container_id] = container
-            return container
+        return container
 
     def release(self, container: Container) -> None:
         """The creation failed: the id is free again."""

@@ -75,8 +75,6 @@ _CONNECT_SECONDS: Final = 10.0
 _DELETE_RESERVE_SECONDS: Final = 15.0
 """What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
 
-_EXEC_DRAIN_SECONDS: Final = 300.0
-_LATE_EVENT_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
 
 _OUTCOME_UNKNOWN: Final = (UnavailableError, DeadlineExceededError, CallCancelledError)
@@ -140,7 +138,8 @@ class Client:
         if not os.path.isabs(self._state_dir):
             raise InvalidParameterError(f"state_dir must be an absolute path, not {self._state_dir!r}")
         parsed = Address(address, with_credentials=credentials is not None)
-        parsed.check()
+        patience = Deadline(min(default_timeout, _CONNECT_SECONDS))
+        parsed.check(patience)
 
         self._namespace = namespace
         self._runtime = runtime
@@ -160,7 +159,7 @@ class Client:
             self._connection, on_event=self._delivery.receive, on_live=self._delivery.catch_up
         )
         try:
-            self._subscriber.open(min(default_timeout, _CONNECT_SECONDS))
+            self._subscriber.open(patience)
         except BaseException:
             self._connection.close()
             raise
@@ -289,6 +288,68 @@ class Client:
             container.bundle.remove()
         self._containers.remove(container)
 
+    def replace(
+        self,
+        container_id: str,
+        spec: oci.Spec | Mapping[str, object],
+        runtime_options: Message | Mapping[str, object] | None = None,
+        *,
+        runtime: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Make a container, after removing one of the same id that is in the way, with its task.
+
+        For what an earlier run of a program has left behind, in containerd or here. Each step of the removal takes it well
+        if there is nothing to remove any more.
+
+        Args:
+            container_id: As for `create`, like all others.
+            spec: See `create`.
+            runtime_options: See `create`.
+            runtime: See `create`.
+            labels: See `create`.
+            timeout: See the class; for all steps together.
+
+        Raises:
+            InvalidParameterError: an argument cannot be used. The old container is still there.
+            ConflictError: another call is making or deleting a container of that id.
+        """
+        deadline = self._deadline(timeout)
+        create = partial(self.create, container_id, spec, runtime_options, runtime=runtime, labels=labels)
+        with suppress(ConflictError):
+            create(timeout=deadline.remaining())
+            return
+        self._clear(container_id, deadline)
+        create(timeout=deadline.remaining())
+
+    def _clear(self, container_id: str, deadline: Deadline) -> None:
+        doing = f"clear away the old container {container_id!r}"
+        with suppress(NotFoundError):
+            container = self._containers.get(container_id)
+            with suppress(NotFoundError):
+                container.require_task()
+                with suppress(NotFoundError):
+                    self.signal_process(
+                        container_id, INIT_PROCESS_NAME, signals.SIGKILL, timeout=deadline.remaining()
+                    )
+                self.wait(container_id, timeout=deadline.remaining())
+                ended = self.delete_task(container_id, timeout=deadline.remaining())
+                if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
+                    raise ended.error
+            self.delete(container_id, timeout=deadline.remaining())
+            return
+        with self._shelter.enter(doing) as calls:
+            unknown = Container(container_id)
+            cleanup.end_process(calls, unknown, Process(INIT_PROCESS_NAME), doing=doing, deadline=deadline)
+            with suppress(NotFoundError):
+                calls.call(
+                    calls.containers.Delete,
+                    containers_pb2.DeleteContainerRequest(id=container_id),
+                    doing=doing,
+                    deadline=deadline,
+                )
+
     # ------------------------------------------------------------------------------------------- starting processes
 
     def start(
@@ -396,7 +457,7 @@ class Client:
         container = self._containers.get(container_id)
         reserve = partial(container.reserve_exec, process_id)
         doing = f"exec {process_id!r} in container {container_id!r}"
-        with self._making(container, reserve, doing) as (calls, record):
+        with _refused_when_ended(container), self._making(container, reserve, doing) as (calls, record):
             attached = self._attach(
                 container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
@@ -435,6 +496,7 @@ class Client:
         attach_stdio: AttachStdio,
     ) -> Attached:
         bundle = container.require_bundle()
+        bundle.ensure()
         attached = Attached.attach(
             attach_stdio,
             FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
@@ -795,6 +857,17 @@ def _close_at_exit() -> None:
     """A program that ends without closing its clients must not hang in gRPC's threads."""
     for client in list(_live_clients):
         client.close(timeout=1.0)
+
+
+@contextmanager
+def _refused_when_ended(container: Container) -> Iterator[None]:
+    """Say an exec's failure in a container that has just ended like one in a container that had ended before."""
+    try:
+        yield
+    except FailedPreconditionError as error:
+        if container.is_paused():
+            raise
+        raise InvalidParameterError(f"{error}: container is not running") from error
 
 
 def _finite(seconds: float) -> float:

@@ -99,6 +99,7 @@ _BY_TEXT_OF_UNKNOWN: Final[tuple[tuple[re.Pattern[str], type[LibcontainerdError]
 
 _ADVICE: Final[dict[type[LibcontainerdError], str]] = {
     UnavailableError: "is containerd running, and is this its socket?",
+    NotImplementedByServerError: "is this containerd's socket, and is it of version 1.6 or newer?",
     PermissionDeniedError: "run as root, or give this user access to the socket",
 }
 

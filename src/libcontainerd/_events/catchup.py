@@ -43,7 +43,7 @@ def unknown_exit(reason: Exception | None) -> ExitStatus:
 
 def ask(
     connection: Connection, container_id: str, exec_id: str, *, doing: str, deadline: Deadline
-) -> ExitStatus | None:
+) -> tuple[ExitStatus, int] | None:
     """Ask containerd how a process has ended.
 
     Args:
@@ -54,7 +54,8 @@ def ask(
         deadline: When to give up.
 
     Returns:
-        None while it has not ended; code 255 with the reason where containerd no longer knows the process.
+        None while it has not ended; otherwise how, and the pid if it is known. The code is 255, with the reason, where
+        containerd no longer knows the process.
 
     Raises:
         LibcontainerdError: there was no answer. That says nothing about the process.
@@ -67,7 +68,7 @@ def ask(
             deadline=deadline,
         ).process
     except NotFoundError as error:
-        return unknown_exit(error)
+        return unknown_exit(error), 0
     if process.status != task_pb2.Status.STOPPED:
         return None
-    return exit_status(process.exit_status, process.exited_at)
+    return exit_status(process.exit_status, process.exited_at), process.pid

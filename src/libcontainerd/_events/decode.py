@@ -60,6 +60,8 @@ def decode(envelope: Envelope) -> Event | None:
     url = payload.type_url
     read = _READERS.get(url) or _READERS.get(url.rpartition("/")[2])
     if read is None:
+        if url in _NOT_FOR_BACKENDS:
+            return None
         if not url:
             raise MalformedEvent(f"event on topic {envelope.topic[:_LOGGED_NAME]!r} does not say what it is")
         _log.debug("event_ignored", topic=envelope.topic[:_LOGGED_NAME], type_url=url[:_LOGGED_NAME])
@@ -120,6 +122,12 @@ def _paused(value: bytes) -> Event:
 def _resumed(value: bytes) -> Event:
     return Event(EventType.RESUMED, EventInfo(task_pb2.TaskResumed.FromString(value).container_id))
 
+
+_NOT_FOR_BACKENDS: Final = {
+    "containerd.events.TaskCheckpointed",
+    "containerd.events.TaskDelete",
+    "containerd.events.TaskIO",
+}
 
 # By the type and not by the topic, as the original: the topic is only what the subscription filters by.
 _READERS: Final[dict[str, Callable[[bytes], Event]]] = {

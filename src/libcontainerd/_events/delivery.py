@@ -146,22 +146,24 @@ class Delivery:
             LibcontainerdError: there was no answer.
         """
         doing = f"ask for {process.id!r} in container {container.id!r}"
-        status = catchup.ask(self._connection, container.id, process.exec_id, doing=doing, deadline=deadline)
-        if status is None:
+        answer = catchup.ask(self._connection, container.id, process.exec_id, doing=doing, deadline=deadline)
+        if answer is None:
             return False
         if not grace or not container.wait_reported(process, _LATE_EVENT_SECONDS):
-            container.note_exit(process, status)
+            container.note_exit(process, *answer)
             self._report(container, process)
         return True
 
-    def look(self, container: Container, process: Process, *, grace: bool = True) -> None:
-        """As `ask`, but no answer is no news, and what is only just being made is not asked for."""
+    def look(self, container: Container, process: Process, *, grace: bool = True) -> bool:
+        """As `ask`, but what is only just being made is not asked for, and False says that there was no answer."""
         if container.is_reserved(process):
-            return
+            return True
         try:
             self.ask(container, process, Deadline(_ASK_SECONDS), grace=grace)
         except LibcontainerdError as error:
             self._log.debug("not_answered", container=container.id, exec=process.exec_id, error=str(error))
+            return False
+        return True
 
     def settle(self, container: Container, process: Process) -> None:
         """See that an exit that is known is reported: by its event, or without where that does not come soon."""
@@ -169,12 +171,18 @@ class Delivery:
             self._report(container, process)
 
     def catch_up(self) -> None:
-        """After a gap in the stream: ask for every process whose exit is not known."""
-        for container in self._containers.all():
-            for process in container.running():
-                if self._closing.is_set():
-                    return
-                self.look(container, process, grace=False)
+        """After a gap in the stream: ask for every process whose exit is not known, until each is answered for."""
+        open_questions = [
+            (container, process) for container in self._containers.all() for process in container.running()
+        ]
+        while open_questions and not self._closing.is_set():
+            open_questions = [
+                (container, process)
+                for container, process in open_questions
+                if not self._closing.is_set() and not self.look(container, process, grace=False)
+            ]
+            if open_questions:
+                self._closing.wait(_RETRY_SECONDS)
 
     def _look_for_execs(self, container: Container) -> None:
         """After init's end: find out about execs whose exits do not follow. A shim that was killed tells of init alone."""

@@ -84,15 +84,15 @@ class Subscriber:
             target=self._run, name=f"libcontainerd-events-{namespace}", daemon=True
         )
 
-    def open(self, timeout: float) -> None:
+    def open(self, deadline: Deadline) -> None:
         """Start reading, and return once the subscription is proven.
 
         Raises:
-            LibcontainerdError: containerd refuses, or is not there, within the time. Nothing runs any more then.
+            LibcontainerdError: containerd refuses, or is not there in time. Nothing runs any more then.
         """
         self._reader.start()
         try:
-            self._prove(Deadline(timeout))
+            self._prove(deadline)
         except BaseException:
             self.close()
             raise
@@ -149,7 +149,7 @@ class Subscriber:
         Raises:
             LibcontainerdError: the deadline passed, `close` was called, or containerd will never do it.
         """
-        doing = f"subscribe to the events of namespace {self._connection.namespace!r}"
+        doing = f"subscribe to the events of namespace {self._connection.namespace!r} at {self._connection.address}"
         pause = _PROBE_FIRST
         failure: LibcontainerdError | None = None
         while not self._live.is_set():
@@ -157,9 +157,7 @@ class Subscriber:
                 raise CallCancelledError(f"cannot {doing}: the client is closed")
             if deadline.remaining() <= 0:
                 kind = UnavailableError if isinstance(failure, UnavailableError) else DeadlineExceededError
-                raise kind(
-                    f"cannot {doing}: containerd at {self._connection.address} does not answer"
-                ) from failure
+                raise kind(f"cannot {doing}: containerd does not answer") from failure
             try:
                 self._connection.call(
                     self._connection.events.Publish,

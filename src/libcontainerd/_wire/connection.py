@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import socket
+import stat
 import threading
 import time
 from typing import Final, TypeVar
@@ -40,6 +41,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 _MESSAGE_BYTES: Final = 16 << 20  # containerd's own limit, both ways
 _SUN_PATH_BYTES: Final = 107
+_CHECK_SECONDS: Final = 5.0
 
 _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -143,7 +145,7 @@ class Address:
     def __str__(self) -> str:
         return self.path or self.target
 
-    def check(self) -> None:
+    def check(self, deadline: Deadline) -> None:
         """See whether anything listens there, so that the reason can be told why not.
 
         Raises:
@@ -153,7 +155,7 @@ class Address:
         if not self.path:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-            probe.settimeout(5)
+            probe.settimeout(max(0.001, min(deadline.remaining(), _CHECK_SECONDS)))
             try:
                 probe.connect(self.path)
             except PermissionError as error:
@@ -162,12 +164,22 @@ class Address:
                     " access to the socket)"
                 ) from error
             except OSError as error:
-                reason = {
-                    errno.ENOENT: "there is no such file; is containerd running, and is this its socket?",
-                    errno.ECONNREFUSED: "nothing listens there; is containerd running?",
-                    errno.ENOTSOCK: "it is not a socket",
-                }.get(error.errno or 0, str(error))
+                if error.errno == errno.ENOENT:
+                    reason = "there is no such file; is containerd running, and is this its socket?"
+                elif error.errno == errno.ECONNREFUSED and not _is_socket(self.path):
+                    reason = "it is not a socket"
+                elif error.errno == errno.ECONNREFUSED:
+                    reason = "nothing listens there; is containerd running?"
+                else:
+                    reason = str(error)
                 raise UnavailableError(f"cannot connect to containerd at {self.path}: {reason}") from error
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:  # gone meanwhile
+        return True
 
 
 def open_channel(address: Address, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:

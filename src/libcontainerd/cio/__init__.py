@@ -284,6 +284,8 @@ class _CopyIO:
             self._stop()
             raise
         dio.on_cancel(self._stop)
+        for stream in dio.outputs:
+            stream.on_shut = self._stop
 
     def _leave_terminal(self) -> None:
         for each in self._copies[len(self._outputs) :]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -65,7 +66,12 @@ class Attached:
         """
         if isinstance(attach_stdio, Destination):
             attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
-            return cls(attach_stdio)
+            attached = cls(attach_stdio)
+            if fifos.terminal and not attached.stdout:
+                attached.stdout = (
+                    os.devnull
+                )  # the shim copies a terminal to somewhere, and opens no empty path
+            return attached
         attached = cls(fifos)
         try:
             attached.direct = DirectIO(fifos, owner=owner, on_stdin_close=on_stdin_close)

@@ -242,6 +242,7 @@ class OutputStream(io.RawIOBase):
         taken: Bytes that have been taken out so far.
         in_hand: Bytes that a copier has taken out and not yet delivered.
         cancelled: The library has given the stream up.
+        on_shut: Called when the library closes the stream, for a copier that is busy elsewhere.
     """
 
     def __init__(self, end: End) -> None:
@@ -253,6 +254,7 @@ class OutputStream(io.RawIOBase):
         self.taken = 0
         self.in_hand = 0
         self.cancelled = False
+        self.on_shut: Callable[[], None] | None = None
 
     @property
     def path(self) -> str:
@@ -355,6 +357,8 @@ class OutputStream(io.RawIOBase):
         """Close the descriptor without the owner: later reads return ``b""``."""
         self.cancelled = True
         self._end.close()
+        if self.on_shut is not None:
+            self.on_shut()
 
     def finish(self, *, drained: bool) -> bool:
         """Close the descriptor, and say whether that was done.
@@ -545,7 +549,9 @@ class InputStream(io.RawIOBase):
         self._end.interrupt()
 
     def shut(self) -> None:
-        """Close both descriptors without an end of input for the process."""
+        """Close both descriptors without an end of input for the process, now or when the owner closes."""
+        with self._lock:
+            self._finishing = True
         self._cancelled = True
         self._holder.close()
         self._end.close()

@@ -214,7 +214,8 @@ class Pump:
             raise
 
     def _watch(self, epoll: select.epoll, wake: int) -> None:
-        timeout: float | None = _IDLE_SECONDS
+        idle = _IDLE_SECONDS
+        timeout: float | None = idle
         served, since = 0, 0.0
         while True:
             happened = epoll.poll(timeout)
@@ -232,8 +233,8 @@ class Pump:
                     timeout = _STALL_SECONDS
                 elif self._alive:
                     timeout = None
-                elif happened:
-                    timeout = _IDLE_SECONDS
+                elif happened or timeout != idle:
+                    timeout = idle
                 else:
                     self._epoll, self._wake = None, -1
                     epoll.close()
@@ -241,7 +242,7 @@ class Pump:
                     return
             if short:
                 _log.warning("pump_threads_not_started", missing=short)
-                timeout = _IDLE_SECONDS
+                timeout = idle
 
     def _dispatch(self, fd: int, mask: int) -> None:
         """Queue the copies that waited for this."""

@@ -87,6 +87,18 @@ def test_a_type_url_may_have_a_prefix(prefix: str) -> None:
         task_pb2.TaskDelete(container_id=C, pid=7, exit_status=1),
         task_pb2.TaskCheckpointed(container_id=C),
         task_pb2.TaskIO(),
+    ],
+)
+def test_kinds_that_are_no_backends_business_are_passed_over(message: Message) -> None:
+    with structlog.testing.capture_logs() as logs:
+        assert decode(envelope(message, "/tasks/other")) is None
+    assert logs == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        container_pb2.ContainerCreate(id=C),
         container_pb2.ContainerDelete(id=C),
     ],
 )

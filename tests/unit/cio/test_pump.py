@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from libcontainerd import cio
-from libcontainerd.cio import pump
-from libcontainerd.cio.pump import Copy
+from libcontainerd.cio import copying, ends, pump
+from libcontainerd.cio.pump import Copy, Pump
 from tests.unit.cio.shim import (
     DEADLINE,
     Shim,
@@ -251,6 +251,15 @@ def test_nothing_before_the_first_writer_is_not_the_end(tmp_path: Path) -> None:
         assert result() == b"late"
 
 
+def test_a_copy_woken_for_nothing_before_the_first_writer_waits_again(tmp_path: Path) -> None:
+    with Shim(tmp_path, terminal=True) as shim:
+        steps = copying.copy_output(shim.dio.stdout, ends.open_sink(None, "stdout"), "stdout")
+        first = next(steps)
+
+        assert next(steps) == first
+        steps.close()
+
+
 def test_a_process_that_never_opened_its_streams_ends_them_too(tmp_path: Path) -> None:
     with Shim(tmp_path) as shim:
         running = cio.copy()(shim.dio)
@@ -347,26 +356,28 @@ def test_blocked_callables_delay_no_other_stream(tmp_path: Path) -> None:
         gate.set()
 
 
-def test_streams_that_never_pause_let_others_have_a_turn(tmp_path: Path) -> None:
-    stop = threading.Event()
-    with ExitStack() as stack:
-        for number in range(pump._EAGER_WORKERS):
-            busy = stack.enter_context(Shim(tmp_path, f"busy{number}", terminal=True))
-            stack.callback(stop.set)
-            cio.copy()(busy.dio)
-            fd = busy.open("stdout")
+def test_copies_that_never_pause_let_others_have_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pump, "_STALL_SECONDS", 1000.0)  # no worker is added for them
+    read_end, write_end = os.pipe()
 
-            def flood(fd: int = fd) -> None:
-                with suppress(BrokenPipeError):  # the end of the test
-                    while not stop.is_set():
-                        write_all(fd, PATTERN[:65536])
+    def busy() -> pump.Steps:
+        yield ((write_end, select.EPOLLOUT),)
+        while True:
+            yield ()
 
-            busy.run(flood)
-        shim = stack.enter_context(Shim(tmp_path, "quiet", terminal=True))
-        running = cio.copy()(shim.dio)
-        shim.say(b"x")
+    def modest() -> pump.Steps:
+        yield ((write_end, select.EPOLLOUT),)
 
-        returns(running.wait)
+    with open(read_end, "rb"), open(write_end, "wb"):
+        copies = [Copy(busy()) for _ in range(pump._EAGER_WORKERS)]
+        for copy in copies:
+            copy.start()
+        other = Copy(modest())
+        other.start()
+
+        returns(other.wait)
+        for copy in copies:
+            copy.cancel()
 
 
 def test_a_full_socket_holds_no_worker(tmp_path: Path) -> None:
@@ -876,6 +887,18 @@ def test_without_a_source_stdin_stays_the_callers(tmp_path: Path) -> None:
         assert os.read(fd, 100) == b"by hand"
 
 
+def test_a_stream_that_closes_under_a_copy_is_not_given_its_end_of_input(tmp_path: Path) -> None:
+    with Shim(tmp_path, with_stdin=True) as shim:
+        shim.dio.process_is_there()
+        assert shim.dio.stdin is not None
+        steps = copying.copy_input(shim.dio.stdin, ends.open_source(b"x"))
+        next(steps)
+        shim.dio.stdin.shut()
+
+        assert list(steps) == []
+        assert not shim.stdin_closed.is_set()
+
+
 def test_the_end_of_the_input_is_not_sent_for_a_stream_that_the_library_gave_up(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     with Shim(tmp_path, with_stdin=True) as shim, ours, theirs:
@@ -952,7 +975,7 @@ def test_a_step_that_raises_ends_its_copy_and_no_other() -> None:
     assert [event["event"] for event in logs] == ["copy_failed"]
 
 
-def test_a_leftover_of_a_closed_descriptor_harms_nobody() -> None:
+def test_a_leftover_of_a_closed_descriptor_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     first_read, first_write = os.pipe()
     spare = os.dup(first_read)  # keeps the file alive, and with it what epoll knows under the old number
     woken = threading.Event()
@@ -973,7 +996,24 @@ def test_a_leftover_of_a_closed_descriptor_harms_nobody() -> None:
     assert woken.wait(DEADLINE)
     returns(new.wait)
     old.cancel()
+
+    fired: list[int] = []
+    original = Pump._dispatch
+
+    def count(self: Pump, fd: int, mask: int) -> None:
+        fired.append(fd)
+        original(self, fd, mask)
+
+    monkeypatch.setattr(Pump, "_dispatch", count)
     os.write(first_write, b"x")
+    os.read(second_read, 1)
+    for _ in range(20):
+        next_one = Copy(steps(second_read))
+        next_one.start()
+        os.write(second_write, b"x")
+        returns(next_one.wait)
+        os.read(second_read, 1)
+    assert fired.count(second_read) <= 22, "the leftover keeps the watcher busy"
     for fd in (spare, first_write, second_read, second_write):
         os.close(fd)
 

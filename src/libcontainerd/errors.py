@@ -75,8 +75,9 @@ _BY_CODE: Final[dict[str, type[LibcontainerdError]]] = {
 # are known to send, most telling first: a runtime's report of a missing program says "not found" as well.
 _PROGRAM_UNUSABLE: Final = re.compile(
     r"(?:unable to start container process|OCI runtime (?:create|exec|start) failed|exec failed).*"
-    r"(?:executable file not found|no such file or directory|permission denied|is a directory|not a directory"
-    r"|exec format error)"
+    r"(?:executable file (?:\S+ )?not found|no such file or directory|permission denied|is a directory|not a directory"
+    r"|exec format error)",
+    re.IGNORECASE,  # crun capitalizes
 )
 _WRONG_STATE: Final = re.compile(
     r"cannot (?:\w+ )+in a \w+ state|cannot (?:\w+ )+a (?:running|stopped|deleted|paused|created)"

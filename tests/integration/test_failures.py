@@ -284,8 +284,15 @@ def test_an_id_of_76_characters_is_good(client: Client, spec: MakeSpec) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [{"": "x"}, {"k": "v" * 4096}, {"libcontainerd/bundle.path": "/etc"}],
-    ids=["no key", "too long", "our own"],
+    [
+        {"": "x"},
+        {"k": "v" * 4096},
+        {"libcontainerd/bundle.path": "/etc"},
+        {"k": 7},
+        {7: "v"},
+        {"k": "\udcff"},
+    ],
+    ids=["no key", "too long", "our own", "number", "number key", "surrogate"],
 )
 def test_a_label_that_containerd_would_refuse(
     client: Client, raw: Raw, spec: MakeSpec, labels: dict[str, str]
@@ -336,6 +343,35 @@ def test_stdin_for_a_destination_that_feeds_none(client: Client, raw: Raw, spec:
         client.start("c", with_stdin=True)
     assert_never_started(client, raw, "c")
     client.delete("c")
+
+
+def test_an_attach_stdio_that_is_none(client: Client, raw: Raw, spec: MakeSpec) -> None:
+    client.create("c", spec(*SLEEP))
+    for bad in (None, "file:///tmp/log", 1):
+        with pytest.raises(InvalidParameterError, match="attach_stdio"):
+            client.start("c", attach_stdio=bad)  # type: ignore[arg-type]
+    assert_never_started(client, raw, "c")
+    client.delete("c")
+
+
+def test_a_bundle_that_others_have_spoilt(client: Client, raw: Raw, spec: MakeSpec) -> None:
+    client.create("c", spec(*SLEEP))
+    bundle = bundle_of(raw, "c")
+    with no_leaks():
+        (bundle / "init-stdout").write_text("somebody's file")
+        with pytest.raises(SystemFailureError, match="init-stdout"):
+            client.start("c", attach_stdio=Collected())
+        assert (bundle / "init-stdout").read_text() == "somebody's file"
+        assert [path.name for path in bundle.iterdir()] == ["init-stdout"]
+        (bundle / "init-stdout").unlink()
+        bundle.rmdir()
+        # A directory that is gone is made again.
+        collected = Collected()
+        client.start("c", with_stdin=True, attach_stdio=collected)
+        assert run_exec(client, "c", "e", "echo", "hi").out == b"hi\n"
+        stop(client, "c")
+    assert not bundle.exists()
+    assert not raw.container_ids()
 
 
 # ------------------------------------------------------------------------------------------------------------- conflicts

@@ -189,7 +189,7 @@ def test_the_status_follows_the_task(
     ]
 
 
-def test_a_task_between_create_and_start_is_created(
+def test_a_start_under_way_has_the_container_for_itself(
     client: Client, backend: RecordingBackend, spec: MakeSpec, tmp_path: Path
 ) -> None:
     """A runtime that is asked to start waits here until it is told to go on."""
@@ -201,23 +201,18 @@ def test_a_task_between_create_and_start_is_created(
         starting = pool.submit(client.start, "c")
         try:
             pid = backend.wait_for(EventType.CREATE, "c").info.pid
-            wait_until(lambda: status_or_none(client, "c") is Status.CREATED, "the task is created")
-            assert not starting.done()
             with pytest.raises(ConflictError, match="already started"):
                 client.start("c")
-            assert isinstance(client.delete_task("c").error, FailedPreconditionError)
+            with pytest.raises(FailedPreconditionError):
+                client.delete("c")
+            with pytest.raises(DeadlineExceededError):
+                client.wait("c", timeout=0.05)
+            assert not starting.done()
         finally:
             gate.write_text("go\n")
         assert starting.result(timeout=20) == pid
     assert client.status("c") is Status.RUNNING
     stop(client, "c")
-
-
-def status_or_none(client: Client, container_id: str) -> Status | None:
-    try:
-        return client.status(container_id)
-    except NotFoundError:
-        return None
 
 
 def runtime(directory: Path, script: str) -> str:
@@ -257,6 +252,17 @@ def test_a_paused_container_can_be_killed(client: Client, backend: RecordingBack
         backend.wait_for(EventType.PAUSED, "c")
         client.signal_process("c", "init", signal.SIGKILL)
         assert client.wait("c", timeout=20).code == 137
+
+
+def test_nothing_is_execed_in_a_paused_container(client: Client, spec: MakeSpec, raw: Raw) -> None:
+    with running(client, "c", spec(*SLEEP)):
+        client.pause("c")
+        with pytest.raises(FailedPreconditionError, match="'e'"):
+            client.exec("c", "e", process("true"), attach_stdio=Collected())
+        assert raw.process("c", "e") is None
+        assert not list(bundle_of(raw, "c").iterdir())
+        client.resume("c")
+        assert run_exec(client, "c", "e", "echo", "hi").out == b"hi\n"
 
 
 def test_pids_and_their_names(client: Client, spec: MakeSpec) -> None:
@@ -489,6 +495,20 @@ def test_an_ended_process_is_not_there_to_be_signalled(client: Client, spec: Mak
     with pytest.raises(InvalidParameterError, match="not running"):
         client.exec("c", "e", process("true"))
     client.close_stdin("c", "init")
+    for verb in (client.pause, client.resume):
+        with pytest.raises(FailedPreconditionError):
+            verb("c")
+    client.delete_task("c")
+    client.delete("c")
+
+
+def test_a_mapping_is_as_good_as_a_spec(client: Client, spec: MakeSpec) -> None:
+    client.create("c", oci.to_mapping(spec("sh", "-c", "read line; exit 3")))
+    client.start("c", with_stdin=True, attach_stdio=Collected())
+    client.exec("c", "e", oci.to_mapping(process("sh", "-c", "exit 4")), attach_stdio=Collected())
+    assert client.wait("c", "e").code == 4
+    client.close_stdin("c", "init")
+    assert client.wait("c", timeout=20).code == 3
     client.delete_task("c")
     client.delete("c")
 
@@ -627,22 +647,51 @@ def test_a_backend_may_remove_and_remake_from_inside(
     assert ends == [3] * rounds
 
 
+def test_execs_end_with_their_init_and_each_is_told_once(
+    client: Client, backend: RecordingBackend, spec: MakeSpec, raw: Raw, no_leaks: None
+) -> None:
+    client.create("c", spec(*SLEEP))
+    bundle = bundle_of(raw, "c")
+    client.start("c", attach_stdio=Collected())
+    for number in range(3):
+        client.exec("c", f"e{number}", process("cat"), with_stdin=True, attach_stdio=Collected())
+    client.signal_process("c", "init", signal.SIGKILL)
+    assert client.wait("c").code == 137
+    assert [client.wait("c", f"e{number}").code for number in range(3)] == [137] * 3
+    for name in ("e0", "e1", "e2", "init"):
+        assert exit_of(backend, "c", name) == 137
+    assert client.delete_task("c").code == 137
+    for number in range(3):
+        wait_exec_gone(client, "c", f"e{number}")
+    wait_until(lambda: not list(bundle.iterdir()), "the FIFOs are gone")
+    client.delete("c")
+    exits = [event.info.process_id for event in backend.events("c") if event.event is EventType.EXIT]
+    assert sorted(exits) == ["c", "e0", "e1", "e2"]
+
+
 # --------------------------------------------------------------------------------------------------- out of memory
 
 
 def test_out_of_memory_is_told_and_forgotten_with_the_task(
     client: Client, backend: RecordingBackend, spec: MakeSpec
 ) -> None:
-    script = "if [ -e /tmp/once ]; then exit 0; fi; x=a; while :; do x=$x$x; done"
-    limited = spec("sh", "-c", script, options=[oci.with_memory_limit(16 << 20)])
-    client.create("c", limited)
-    client.start("c")
+    script = 'read what; [ "$what" = hog ] || exit 3; x=a; while :; do x=$x$x; done'
+    client.create("c", spec("sh", "-c", script, options=[oci.with_memory_limit(16 << 20)]))
+    client.start("c", with_stdin=True, attach_stdio=Collected(b"hog\n"))
     assert client.wait("c", timeout=40).code == 137
     oom = backend.wait_for(EventType.OOM, "c", timeout=20)
     assert oom.info == EventInfo("c", oom_killed=True)
     exit_of(backend, "c")
-    after = backend.events("c")[backend.events("c").index(oom) :]
+    told = backend.events("c")
+    after = told[told.index(oom) :]
     assert all(event.info.oom_killed for event in after)
+    assert not any(event.info.oom_killed for event in told[: told.index(oom)])
+    assert client.delete_task("c").code == 137
+
+    backend.clear()
+    client.start("c", with_stdin=True, attach_stdio=Collected(b"rest\n"))
+    assert exit_of(backend, "c") == 3
+    assert not any(event.info.oom_killed for event in backend.events("c"))
     client.delete_task("c")
     client.delete("c")
 

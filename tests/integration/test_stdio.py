@@ -21,6 +21,7 @@ import pytest
 from libcontainerd import (
     Client,
     EventType,
+    FailedPreconditionError,
     InvalidParameterError,
     NotFoundError,
     Remote,
@@ -321,6 +322,18 @@ def test_an_execs_terminal_echoes_and_resizes(client: Client, spec: MakeSpec) ->
         collected.stdin.write(b"exit 5\n")
         assert client.wait("c", "e", timeout=20).code == 5
         collected.wait()
+
+
+def test_resizing_what_has_no_terminal_or_has_ended(client: Client, spec: MakeSpec) -> None:
+    with running(client, "c", spec(*SLEEP)):
+        client.resize_terminal("c", "init", 80, 24)  # as in the original, no error
+    client.create("d", spec("true", options=[oci.with_terminal()]))
+    client.start("d", attach_stdio=Collected())
+    client.wait("d")
+    with pytest.raises(FailedPreconditionError):
+        client.resize_terminal("d", "init", 80, 24)
+    client.delete_task("d")
+    client.delete("d")
 
 
 def test_keys_reach_the_process_as_signals_and_ends(client: Client, spec: MakeSpec) -> None:

@@ -219,8 +219,9 @@ class Model(BaseModel):
         validate_assignment=True,
         revalidate_instances="never",
         protected_namespaces=(),
-        # Most programs use a few of the models; the core schemas are built when one is first used.
-        defer_build=True,
+        # Built at the import, which only one thread does. Put off, it would happen at the first use, and of
+        # two threads that are first at once pydantic 2.11 gives one an error.
+        defer_build=False,
     )
 
     # Evaluated here and now (no postponed annotations in this module): pydantic before 2.12 looks for the

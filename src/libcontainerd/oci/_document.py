@@ -118,7 +118,8 @@ def parse(document: object, model: type[_M], what: str) -> _M:
         value = _plain(document, what)
     else:
         raise InvalidParameterError(
-            f"invalid {what}: must be a mapping, JSON text or oci.{model.__name__}, not {type(document).__name__}"
+            f"invalid {what}: must be a mapping, JSON text or oci.{model.__name__},"
+            f" not {type(document).__name__}"
         )
     return validated(value, model, what)
 
@@ -181,8 +182,8 @@ def _settle(model: Model, source: object, path: str, what: str) -> None:
                     f"invalid {what}: {join(path, name)}: the member's name is {known[folded(name)]!r},"
                     " and Go would take this for it"
                 )
-            # Pydantic keeps one set of names for both: a member that has the Python name of a known one by chance
-            # would make that one look set.
+            # Pydantic keeps one set of names for both: a member that has the Python name of a known one by
+            # chance would make that one look set.
             if name in fields and fields[name].alias not in source:
                 model.model_fields_set.discard(name)
     for name, field in fields.items():

@@ -325,6 +325,40 @@ def test_a_model_shows_only_what_is_set() -> None:
     assert repr(oci.Mount(destination="/a", type=None)) == "Mount(destination='/a', type=None)"
 
 
+_CROWD = """
+import sys, threading
+sys.setswitchinterval(1e-5)
+from libcontainerd import oci
+uses = [
+    oci.default_spec,
+    lambda: oci.parse_spec("{}"),
+    lambda: oci.parse_resources({"memory": {"limit": 1}}),
+    lambda: oci.parse_spec({"linux": {"x": 1}, "windows": {"layerFolders": []}}),
+    lambda: oci.dump(oci.LinuxMemory(limit=3)),
+    lambda: oci.validate(oci.Features()),
+]
+failed, together = [], threading.Barrier(4 * len(uses))
+def use(number):
+    together.wait()
+    try:
+        uses[number % len(uses)]()
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=use, args=(number,)) for number in range(4 * len(uses))]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+sys.exit(repr(failed) if failed else 0)
+"""
+
+
+def test_the_first_use_may_be_by_many_threads_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CROWD], capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_other_platforms_cost_nothing_until_they_are_met() -> None:
     program = (
         "import sys; from libcontainerd import oci; oci.validate(oci.parse_spec(oci.dump(oci.default_spec())));"

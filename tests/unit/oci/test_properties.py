@@ -87,8 +87,6 @@ def rule_mismatches(node: Node, rule: Rule | None) -> Iterator[str]:
 
 def model_mismatches(node: Node, model: type[oci.Model]) -> Iterator[str]:
     """Yield what differs between an object of the table and a model."""
-    # Building is put off until a model is used, and pydantic before 2.12 knows the aliases only then.
-    model.model_rebuild()
     fields = {field.alias: field for field in model.model_fields.values()}
     for name in fields.keys() ^ node.members.keys():
         yield f"{node.path}: {name} is in only one of {model.__name__} and the table"

@@ -259,10 +259,16 @@ def _copies(
     feed = None
     if dio.stdin is not None and stdin is not None:
         feed = Copy(copy_input(dio.stdin, open_source(stdin)))
-    outputs = [Copy(copy_output(dio.stdout, open_sink(stdout, "stdout"), "stdout"))]
+    outputs = [_output(dio.stdout, stdout, "stdout")]
     if dio.stderr is not None:
-        outputs.append(Copy(copy_output(dio.stderr, open_sink(stderr, "stderr"), "stderr")))
+        outputs.append(_output(dio.stderr, stderr, "stderr"))
     return feed, outputs
+
+
+def _output(stream: OutputStream, destination: Output | None, name: str) -> Copy:
+    copy = Copy(copy_output(stream, open_sink(destination, name), name))
+    stream.on_close = copy.cancel  # after the copy's own end this does nothing
+    return copy
 
 
 class _CopyIO:
@@ -284,8 +290,6 @@ class _CopyIO:
             self._stop()
             raise
         dio.on_cancel(self._stop)
-        for stream in dio.outputs:
-            stream.on_shut = self._stop
 
     def _leave_terminal(self) -> None:
         for each in self._copies[len(self._outputs) :]:

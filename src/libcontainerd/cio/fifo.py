@@ -242,7 +242,7 @@ class OutputStream(io.RawIOBase):
         taken: Bytes that have been taken out so far.
         in_hand: Bytes that a copier has taken out and not yet delivered.
         cancelled: The library has given the stream up.
-        on_shut: Called when the library closes the stream, for a copier that is busy elsewhere.
+        on_close: Called when somebody closes the stream, just before: for a copier that waits for something else.
     """
 
     def __init__(self, end: End) -> None:
@@ -254,7 +254,7 @@ class OutputStream(io.RawIOBase):
         self.taken = 0
         self.in_hand = 0
         self.cancelled = False
-        self.on_shut: Callable[[], None] | None = None
+        self.on_close: Callable[[], None] | None = None
 
     @property
     def path(self) -> str:
@@ -338,6 +338,8 @@ class OutputStream(io.RawIOBase):
         """Close our end; idempotent. A blocked read in another thread raises ValueError."""
         if not self.closed:
             super().close()
+            if self.on_close is not None:
+                self.on_close()
             self._end.close()
 
     # The library's side.
@@ -356,9 +358,9 @@ class OutputStream(io.RawIOBase):
     def shut(self) -> None:
         """Close the descriptor without the owner: later reads return ``b""``."""
         self.cancelled = True
+        if self.on_close is not None:
+            self.on_close()
         self._end.close()
-        if self.on_shut is not None:
-            self.on_shut()
 
     def finish(self, *, drained: bool) -> bool:
         """Close the descriptor, and say whether that was done.

@@ -74,6 +74,15 @@ class Raw:
         request = tasks_pb2.KillRequest(container_id=container_id, exec_id=exec_id, signal=signal_number)
         self.tasks.Kill(request, metadata=self.metadata, timeout=_RAW_SECONDS)
 
+    def create_task(self, container_id: str) -> None:
+        """Make a task without stdio."""
+        request = tasks_pb2.CreateTaskRequest(container_id=container_id)
+        self.tasks.Create(request, metadata=self.metadata, timeout=_RAW_SECONDS)
+
+    def start_task(self, container_id: str) -> None:
+        request = tasks_pb2.StartRequest(container_id=container_id)
+        self.tasks.Start(request, metadata=self.metadata, timeout=_RAW_SECONDS)
+
     def delete_task(self, container_id: str) -> None:
         request = tasks_pb2.DeleteTaskRequest(container_id=container_id)
         self.tasks.Delete(request, metadata=self.metadata, timeout=_RAW_SECONDS)

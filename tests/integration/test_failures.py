@@ -36,6 +36,7 @@ from libcontainerd import (
     oci,
 )
 from libcontainerd._wire.pb.services import containers_pb2
+from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.backends import RecordingBackend
 from tests.conftest import Count
 from tests.integration.containers import (
@@ -49,6 +50,7 @@ from tests.integration.containers import (
     run_task,
     running,
     stop,
+    wait_until,
 )
 from tests.leaks import no_leaks
 
@@ -200,6 +202,27 @@ def test_a_callback_that_fails_aborts(
             backend.wait_for(EventType.EXIT, "c")
             assert [each.event.value for each in backend.events("c")] == ["create", "start", "exit"]
             backend.clear()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_callback_that_closes_an_output_is_refused(
+    client: Client, raw: Raw, spec: MakeSpec, stream: str
+) -> None:
+    """The shim would wait half a minute for a reader of it."""
+
+    def closing(dio: cio.DirectIO) -> cio.IO:
+        getattr(dio, stream).close()
+        return dio
+
+    client.create("c", spec(*SLEEP))
+    with pytest.raises(InvalidParameterError, match=stream):
+        client.start("c", attach_stdio=closing)
+    assert_never_started(client, raw, "c")
+    client.start("c")
+    with pytest.raises(InvalidParameterError, match=stream):
+        client.exec("c", "e", process("true"), attach_stdio=closing)
+    assert len(client.list_pids("c")) == 1
+    stop(client, "c")
 
 
 def test_an_io_that_fails_keeps_nobody_from_the_end(client: Client, raw: Raw, spec: MakeSpec) -> None:
@@ -413,6 +436,26 @@ def test_a_container_made_past_us_is_a_conflict_and_stays(client: Client, raw: R
     assert raw.container("c").labels["whose"] == "theirs"
     raw.delete_container("c")
     assert run(client, "c", spec("sh", "-c", "exit 3")).status.code == 3
+
+
+def test_a_task_made_past_us_is_a_conflict_and_stays(client: Client, raw: Raw, spec: MakeSpec) -> None:
+    client.create("c", spec("sh", "-c", "exit 3"))
+    raw.create_task("c")
+    with no_leaks():
+        with pytest.raises(ConflictError, match="'c'"):
+            client.start("c", with_stdin=True, attach_stdio=Collected())
+        assert not list(bundle_of(raw, "c").iterdir())
+    assert raw.process("c") is not None
+    raw.start_task("c")
+    wait_until(lambda: stopped(raw, "c"), "their task has ended")
+    raw.delete_task("c")
+    assert run_task(client, "c").status.code == 3
+    client.delete("c")
+
+
+def stopped(raw: Raw, container_id: str) -> bool:
+    found = raw.process(container_id)
+    return found is not None and found.status == task_pb2.Status.STOPPED
 
 
 def test_of_two_creations_at_once_one_wins(client: Client, raw: Raw, spec: MakeSpec, count: Count) -> None:

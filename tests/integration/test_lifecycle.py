@@ -205,8 +205,6 @@ def test_a_start_under_way_has_the_container_for_itself(
                 client.start("c")
             with pytest.raises(FailedPreconditionError):
                 client.delete("c")
-            with pytest.raises(DeadlineExceededError):
-                client.wait("c", timeout=0.05)
             assert not starting.done()
         finally:
             gate.write_text("go\n")
@@ -313,6 +311,21 @@ def test_the_options_choose_the_runtime(client: Client, spec: MakeSpec, tmp_path
     assert run_task(client, "c").status.code == 6
     client.delete("c")
     assert "create" in mark.read_text()
+
+
+def test_on_a_ramdisk_the_runtime_is_told_not_to_pivot(
+    client: Client, spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    script = f'echo "$@" >> {calls}; exec runc "$@"'
+    client.create("c", spec("sh", "-c", "exit 6"), {"binary_name": runtime(tmp_path, script)})
+    assert run_task(client, "c").status.code == 6
+    assert "--no-pivot" not in calls.read_text()
+    monkeypatch.setenv("DOCKER_RAMDISK", "1")
+    calls.write_text("")
+    assert run_task(client, "c").status.code == 6
+    assert "--no-pivot" in calls.read_text()  # and the container's own options still hold: it was our runtime
+    client.delete("c")
 
 
 def test_a_runtime_that_is_not_there_is_said_by_name(client: Client, spec: MakeSpec, raw: Raw) -> None:
@@ -712,7 +725,7 @@ def test_a_user_namespaces_bundle_belongs_to_its_root(
     details = bundle.stat()
     assert (details.st_uid, details.st_gid, stat.S_IMODE(details.st_mode)) == (100_000, 100_000, 0o700)
     owners: list[tuple[int, int, int]] = []
-    collected = Collected(b"from outside\n")
+    collected = Collected()
 
     def attach(dio: cio.DirectIO) -> cio.IO:
         for path in dio.config.paths:
@@ -721,6 +734,11 @@ def test_a_user_namespaces_bundle_belongs_to_its_root(
         return collected(dio)
 
     client.start("c", with_stdin=True, attach_stdio=attach)
+    collected.stdin.write(b"from outside\n")
+    collected.wait_for(b"from outside\n")
+    seen = run_exec(client, "c", "e", "sh", "-c", "id -u; cat", stdin=b"to the exec")
+    assert (seen.out, seen.status.code) == (b"0\nto the exec", 0)
+    collected.stdin.close()
     assert client.wait("c").code == 3
     assert client.delete_task("c").code == 3
     assert (collected.out, collected.err) == (b"0\nfrom outside\n", b"problem\n")
@@ -753,10 +771,10 @@ def test_a_start_that_runs_out_of_time_is_undone(
     cut_off = 0
     client.create("c", spec(*SLEEP))
     bundle = bundle_of(raw, "c")
-    for number in range(count(100, 8)):
+    for number in range(count(60, 4)):
         collected = Collected()
         try:
-            client.start("c", with_stdin=True, attach_stdio=collected, timeout=0.005 * (number % 8 + 1))
+            client.start("c", with_stdin=True, attach_stdio=collected, timeout=0.005 * (3 * number % 8 + 1))
         except DeadlineExceededError:
             cut_off += 1
             assert raw.process("c") is None

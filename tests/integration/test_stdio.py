@@ -182,6 +182,22 @@ def test_a_destination_that_fails_blocks_nobody(client: Client, spec: MakeSpec, 
     client.delete("c")
 
 
+def test_input_that_nobody_wants_holds_up_nobody(client: Client, spec: MakeSpec) -> None:
+    source = Noise(64 * MIB)
+    assert run(client, "c", spec("head", "-c", "5"), stdin=source).out == Noise(5)()
+    assert source.left > 60 * MIB
+    gate = threading.Event()
+
+    def silent() -> bytes:
+        gate.wait(30)
+        return b""
+
+    begun = time.monotonic()
+    assert run(client, "d", spec("echo", "hi"), stdin=silent).out == b"hi\n"
+    assert time.monotonic() - begun < 5
+    gate.set()
+
+
 # ------------------------------------------------------------------------------------------------------ the end of input
 
 

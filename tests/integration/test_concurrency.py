@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import tempfile
 import threading
 from collections import Counter, defaultdict
@@ -49,6 +48,7 @@ from tests.integration.containers import (
     wait_exec_gone,
     wait_until,
 )
+from tests.integration.proxy import Proxy
 
 THREADS = 16
 
@@ -659,21 +659,26 @@ def test_an_exec_that_races_with_its_containers_end_is_told_or_refused(
 # --------------------------------------------------------------------------------------------- when something breaks
 
 
-def shim_of(remote: Remote, namespace: str, container_id: str) -> int:
-    """The pid of a container's shim."""
-    wanted = {b"-namespace", namespace.encode(), b"-id", container_id.encode(), remote.address.encode()}
-    found = []
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError):
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if b"containerd-shim" in words[0] and wanted <= set(words):
-                found.append(int(name))
-    assert len(found) == 1, found
-    return found[0]
+@pytest.fixture
+def shim_of(remote: Remote, namespace: str) -> Callable[[str], int]:
+    """Finds the pid of a container's shim."""
+
+    def find(container_id: str) -> int:
+        wanted = {each.encode() for each in ("-namespace", namespace, "-id", container_id, remote.address)}
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with suppress(OSError):
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                if b"containerd-shim" in words[0] and wanted <= set(words):
+                    found.append(int(name))
+        assert len(found) == 1, found
+        return found[0]
+
+    return find
 
 
 def test_the_death_of_a_shim_is_told_as_one_exit_of_every_process(
-    client: Client, backend: RecordingBackend, remote: Remote, namespace: str, spec: MakeSpec, count: Count
+    client: Client, backend: RecordingBackend, shim_of: Callable[[str], int], spec: MakeSpec, count: Count
 ) -> None:
     def end(container_id: str) -> None:
         init, execs = Held(), {f"e{number}": Held() for number in range(3)}
@@ -684,7 +689,7 @@ def test_the_death_of_a_shim_is_told_as_one_exit_of_every_process(
         with pool(4) as executor:
             names = ["init", *execs]
             waiting = [executor.submit(client.wait, container_id, name, timeout=30) for name in names]
-            os.kill(shim_of(remote, namespace, container_id), signal.SIGKILL)
+            os.kill(shim_of(container_id), signal.SIGKILL)
             codes = [future.result().code for future in waiting]
         assert codes[0] == 137
         assert set(codes[1:]) <= {137, 255}
@@ -708,99 +713,23 @@ def test_the_death_of_a_shim_is_told_as_one_exit_of_every_process(
         list(executor.map(end, [f"c{number}" for number in range(count(40, 4))]))
 
 
-class Proxy:
-    """A socket before containerd's, whose connections a test can cut."""
-
-    def __init__(self, upstream: str, path: Path) -> None:
-        self.path = str(path)
-        self._upstream = upstream
-        self._lock = threading.Lock()  # guards the two below
-        self._broken = False
-        self._open: set[socket.socket] = set()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen(64)
-        self._threads = [threading.Thread(target=self._accept, name="proxy", daemon=True)]
-
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self.cut()
-        for thread in self._threads:
-            thread.join(10)
-            assert not thread.is_alive()
-        self._listener.close()
-
-    def cut(self, *, stay_broken: bool = False) -> None:
-        """Break every connection; and let none last until the next cut."""
-        with self._lock:
-            self._broken = stay_broken
-            for each in self._open:
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-
-    def mend(self) -> None:
-        """Let new connections last."""
-        with self._lock:
-            self._broken = False
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.socket(socket.AF_UNIX)
-            far.connect(self._upstream)
-            with self._lock:
-                if self._broken:
-                    near.close()
-                    far.close()
-                    continue
-                self._open |= {near, far}
-            ends = threading.Semaphore(0)
-            for source, target in ((near, far), (far, near)):
-                thread = threading.Thread(target=self._carry, args=(source, target, ends), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, ends: threading.Semaphore) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
-        ends.release()
-        with self._lock:
-            # Whoever is second closes both: a number that is given away early would be another's.
-            if ends.acquire(blocking=False) and not ends.acquire(blocking=False):
-                ends.release()
-                return
-            self._open -= {source, target}
-            source.close()
-            target.close()
-
-
 @pytest.fixture
-def proxy(remote: Remote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    with (
-        tempfile.TemporaryDirectory(prefix="lcp-") as directory,
-        Proxy(remote.address, Path(directory, "sock")) as it,
-    ):
-        yield it
+def proxy(remote: Remote) -> Iterator[Proxy]:
+    """What the proxied client's connection goes through."""
+    with tempfile.TemporaryDirectory(prefix="lcp-") as directory:
+        with Proxy(remote.address, Path(directory, "sock")) as made:
+            yield made
 
 
 @pytest.fixture
 def proxied(
-    proxy: Proxy, client: Client, backend: RecordingBackend, namespace: str, tmp_path: Path
+    proxy: Proxy, namespace: str, raw: Raw, tmp_path: Path
 ) -> Iterator[tuple[Client, RecordingBackend]]:
-    """A client whose connection goes through the proxy, and its events; `client` cleans up after it."""
+    """A client whose connection can be cut, and its events."""
     record = RecordingBackend()
     with Client(proxy.path, namespace=namespace, state_dir=tmp_path / "bundles", backend=record) as made:
         yield made, record
+        raw.remove_everything()
 
 
 def state_of(raw: Raw, container_id: str, exec_id: str = "") -> int | None:
@@ -812,7 +741,6 @@ def state_of(raw: Raw, container_id: str, exec_id: str = "") -> int | None:
 def test_exits_in_a_gap_of_the_events_are_told_once_with_their_codes(
     proxied: tuple[Client, RecordingBackend],
     proxy: Proxy,
-    client: Client,
     raw: Raw,
     spec: MakeSpec,
     count: Count,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import socket
 import stat
 import threading
@@ -41,6 +42,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 _MESSAGE_BYTES: Final = 16 << 20  # containerd's own limit, both ways
 _SUN_PATH_BYTES: Final = 107
+_PORT: Final = re.compile(r"[0-9]{1,5}")
 _CHECK_SECONDS: Final = 5.0
 
 _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
@@ -121,17 +123,23 @@ class Address:
         if scheme == "unix":
             if not rest.startswith("/") or "\0" in rest:
                 raise InvalidParameterError(f"address {text!r}: a socket's path must be absolute")
-            if len(os.fsencode(rest)) > _SUN_PATH_BYTES:
+            if "," in rest:
+                raise InvalidParameterError(f"address {text!r}: gRPC takes a comma for the end of a path")
+            try:
+                path = os.fsencode(rest)
+            except UnicodeEncodeError as error:
+                raise InvalidParameterError(f"address {text!r}: that is no file's name") from error
+            if len(path) > _SUN_PATH_BYTES:
                 raise InvalidParameterError(
                     f"address {text!r}: the kernel takes {_SUN_PATH_BYTES} bytes for a socket"
                 )
             if with_credentials:
                 raise InvalidParameterError(f"address {text!r}: credentials are for tcp:// addresses")
             self.path = rest
-            self.target = f"unix:{quote(rest)}"
+            self.target = f"unix:{quote(path)}"
         elif scheme == "tcp":
             host, _, port = rest.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            if not host or not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
                 raise InvalidParameterError(f"address {text!r}: want tcp://host:port")
             if not with_credentials:
                 raise InvalidParameterError(

@@ -77,8 +77,10 @@ class Process:
         """Write to stdout, and let both outputs end."""
         for path, words in ((self.fifos.stdout, data), (self.fifos.stderr, b"")):
             fd = os.open(path, os.O_WRONLY)
-            write_all(fd, words)
-            os.close(fd)
+            try:
+                write_all(fd, words)
+            finally:
+                os.close(fd)
 
 
 @pytest.fixture

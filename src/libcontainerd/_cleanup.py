@@ -14,13 +14,18 @@ import structlog
 from libcontainerd._wire.connection import Deadline
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
-from libcontainerd.errors import FailedPreconditionError, LibcontainerdError, NotFoundError
+from libcontainerd.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    LibcontainerdError,
+    NotFoundError,
+)
 
 if TYPE_CHECKING:
     from libcontainerd._records import Container, Process
     from libcontainerd._wire.shelter import Lease
 
-_KILL_AGAIN_SECONDS: Final = 0.05
+_DEATH_SECONDS: Final = 2.0
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -67,17 +72,26 @@ def end_process(
     Raises:
         LibcontainerdError: it could not be done by the deadline.
     """
-    kill = tasks_pb2.KillRequest(container_id=container.id, exec_id=process.exec_id, signal=signal.SIGKILL)
     with suppress(NotFoundError):
+        # A task that was made and not started can be deleted, but its shim then waits for output that never comes.
+        if not process.exec_id:
+            _kill(calls, container, process, doing=doing, deadline=deadline)
         while True:
             try:
                 delete_process(calls, container, process, doing=doing, deadline=deadline)
             except FailedPreconditionError:  # it runs
-                with suppress(NotFoundError):
-                    calls.call(calls.tasks.Kill, kill, doing=doing, deadline=deadline)
-                container.wait_exit(process, _KILL_AGAIN_SECONDS)
+                _kill(calls, container, process, doing=doing, deadline=deadline)
             else:
                 return
+
+
+def _kill(calls: Lease, container: Container, process: Process, *, doing: str, deadline: Deadline) -> None:
+    kill = tasks_pb2.KillRequest(container_id=container.id, exec_id=process.exec_id, signal=signal.SIGKILL)
+    wait = tasks_pb2.WaitRequest(container_id=container.id, exec_id=process.exec_id)
+    with suppress(NotFoundError, FailedPreconditionError):
+        calls.call(calls.tasks.Kill, kill, doing=doing, deadline=deadline)
+        with suppress(DeadlineExceededError):
+            calls.call(calls.tasks.Wait, wait, doing=doing, deadline=deadline.at_most(_DEATH_SECONDS))
 
 
 def delete_process(

@@ -75,6 +75,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
 }
 
 _STEP_OF_EVENT: Final[Mapping[EventType, Step]] = {
+    EventType.CREATE: Step.CREATE,
     EventType.START: Step.START,
     EventType.EXEC_STARTED: Step.START,
     EventType.PAUSED: Step.PAUSE,
@@ -402,14 +403,17 @@ class Container:
 
     def _apply_exit(self, process: Process | None, info: EventInfo) -> EventInfo | None:
         name = INIT_PROCESS_NAME if info.process_id == self.id else info.process_id
-        if (name, info.pid) in self._runs:
-            return None
-        if process is not None:
-            if process.state is State.RESERVED or process.pid not in (0, info.pid):
-                return None  # of an earlier run, which failed to start or was concluded without its event
+        earlier = (name, info.pid) in self._runs
+        live = process is not None and process.state is not State.RESERVED
+        # Pids come round again, so a run that is known by its pid is believed before the memory of earlier ones.
+        if process is not None and live and (info.pid == process.pid or (not process.pid and not earlier)):
             process.pid = info.pid
             self._latch(process, ExitStatus(info.exit_code, info.exited_at or datetime.now(UTC)))
             return self._claim_report(process)
+        if earlier:
+            return None
+        if process is not None or (name, 0) in self._runs:
+            return None  # of an earlier run, which failed to start or was concluded without its event
         # A process that somebody else started in our container: told once, like our own.
         _remember(self._runs, (name, info.pid), None, _EXITS_PER_CONTAINER)
         return replace(info, oom_killed=self._oom_killed())

@@ -1,4 +1,4 @@
-"""What a container's shim and runtime are told beside the spec: runc's options, and whose the stdio is."""
+"""What containerd is told of a container beside its spec: labels, runc's options, and whose the stdio is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import DecodeError, Message
 
+from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.runc.options_pb2 import Options
 from libcontainerd.errors import InvalidParameterError
@@ -72,6 +73,29 @@ def task_options(options: Options | None, owner: tuple[int, int]) -> Any | None:
     told.io_uid, told.io_gid = owner
     told.no_pivot_root = told.no_pivot_root or no_pivot_root
     return typeurl.pack(told)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Refuse labels that containerd would refuse (its ``labels.Validate``), and the one that is this library's own.
+
+    Raises:
+        InvalidParameterError: one of them cannot be used.
+    """
+    for key, value in labels.items():
+        try:
+            size = len(key.encode()) + len(value.encode())
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise InvalidParameterError(
+                f"label {key!r}: keys and values are strings of valid Unicode"
+            ) from error
+        if not key:
+            raise InvalidParameterError("a label's key must not be empty")
+        if key == BUNDLE_LABEL:
+            raise InvalidParameterError(f"label {key!r} is this library's own")
+        if size > LABEL_BYTES:
+            raise InvalidParameterError(
+                f"label {key[:80]!r}: key and value have more than {LABEL_BYTES} bytes together"
+            )
 
 
 def mapped_root(spec: oci.Spec) -> tuple[int, int]:

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from libcontainerd import _cleanup as cleanup
-from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES, Bundle
+from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
-from libcontainerd._runtime import mapped_root, read_runtime_options, task_options
+from libcontainerd._runtime import check_labels, mapped_root, read_runtime_options, task_options
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import Address, Connection, Deadline, NotSentError
 from libcontainerd._wire.identifiers import check_identifier
@@ -231,7 +231,7 @@ class Client:
             owner=mapped_root(model),
             options=options,
         )
-        _check_labels(labels or {})
+        check_labels(labels or {})
         container = self._containers.reserve(container_id)
         with ExitStack() as undo:
             undo.callback(self._containers.release, container)
@@ -567,6 +567,10 @@ class Client:
             if not 0 <= side < 1 << 16:
                 raise InvalidParameterError(f"a terminal's width and height are 0 to 65535, not {side!r}")
         process = self._containers.get(container_id).require_process(process_id)
+        if process.exit is not None:
+            raise FailedPreconditionError(
+                f"cannot resize the terminal of {process_id!r} in container {container_id!r}: the process has ended"
+            )
         self._connection.call(
             self._connection.tasks.ResizePty,
             tasks_pb2.ResizePtyRequest(
@@ -885,15 +889,3 @@ def _process_name(info: task_pb2.ProcessInfo, init: int) -> str:
         raise SystemFailureError(
             f"cannot read what containerd says of process {info.pid}: {error}"
         ) from error
-
-
-def _check_labels(labels: Mapping[str, str]) -> None:
-    for key, value in labels.items():
-        if not key:
-            raise InvalidParameterError("a label's key must not be empty")
-        if key == BUNDLE_LABEL:
-            raise InvalidParameterError(f"label {key!r} is this library's own")
-        if len(key.encode()) + len(value.encode()) > LABEL_BYTES:
-            raise InvalidParameterError(
-                f"label {key[:80]!r}: key and value have more than {LABEL_BYTES} bytes together"
-            )

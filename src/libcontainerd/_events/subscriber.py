@@ -163,7 +163,7 @@ class Subscriber:
                     self._connection.events.Publish,
                     PublishRequest(topic=self._topic, event=Any(type_url="libcontainerd.Probe")),
                     doing=doing,
-                    deadline=Deadline(max(0.001, min(deadline.remaining(), _PROBE_MOST))),
+                    deadline=deadline.at_most(_PROBE_MOST),
                 )
                 with self._lock:
                     failure = self._failure

@@ -44,6 +44,7 @@ _MESSAGE_BYTES: Final = 16 << 20  # containerd's own limit, both ways
 _SUN_PATH_BYTES: Final = 107
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _CHECK_SECONDS: Final = 5.0
+_SHORTEST_SECONDS: Final = 0.001
 
 _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -92,6 +93,10 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds left: 0 once it has passed, infinity where there is none."""
         return max(0.0, self._end - time.monotonic())
+
+    def at_most(self, seconds: float) -> Deadline:
+        """This deadline, or one so many seconds from now if that is earlier."""
+        return Deadline(max(min(self.remaining(), seconds), _SHORTEST_SECONDS))
 
     def grpc_timeout(self) -> float | None:
         """What grpcio's ``timeout`` wants."""
@@ -163,7 +168,7 @@ class Address:
         if not self.path:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-            probe.settimeout(max(0.001, min(deadline.remaining(), _CHECK_SECONDS)))
+            probe.settimeout(deadline.at_most(_CHECK_SECONDS).remaining())
             try:
                 probe.connect(self.path)
             except PermissionError as error:

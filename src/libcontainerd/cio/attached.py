@@ -64,6 +64,10 @@ class Attached:
             SystemFailureError: a FIFO cannot be made or opened.
             Exception: what the callback raised. Nothing is left open or behind in any of these cases.
         """
+        if not isinstance(attach_stdio, Destination) and not callable(attach_stdio):
+            raise InvalidParameterError(
+                f"attach_stdio is a callback, or a destination such as cio.null_io, not {attach_stdio!r}"
+            )
         if isinstance(attach_stdio, Destination):
             attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
             attached = cls(attach_stdio)
@@ -85,6 +89,11 @@ class Attached:
                     " the DirectIO it was given"
                 )
             attached._io = io
+            if any(stream.closed for stream in attached.direct.outputs):
+                raise InvalidParameterError(
+                    "attach_stdio closed an output before the process was there, and the shim waits for a reader: use"
+                    " cio.copy, which discards what it is given no destination for"
+                )
         except BaseException:
             attached.discard()
             raise

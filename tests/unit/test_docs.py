@@ -173,9 +173,12 @@ def test_the_readme_lists_each_event_and_error() -> None:
     assert told == there
 
 
-@pytest.mark.parametrize(("document", "code"), blocks("python"), ids=lambda value: getattr(value, "name", ""))
-def test_a_python_block_runs(document: Path, code: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", code]
+@pytest.mark.parametrize(
+    "document", sorted({document for document, _ in blocks("python")}), ids=lambda each: each.name
+)
+def test_a_documents_python_blocks_run_one_after_the_other(document: Path, tmp_path: Path) -> None:
+    program = "\n".join(code for where, code in blocks("python") if where == document)
+    command = [sys.executable, "-W", "error", "-c", program]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
 
     assert (ran.returncode, ran.stderr) == (0, ""), document

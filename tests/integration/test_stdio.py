@@ -558,7 +558,7 @@ def test_close_wakes_readers_and_writers_and_leaves_the_process(
             other.close()
             assert time.monotonic() - begun < 5
             assert reading.result(timeout=5) == b""
-            with pytest.raises((OSError, ValueError), match="given the stream up|closed"):
+            with pytest.raises((OSError, ValueError), match=r"given the stream up|closed"):
                 writing.result(timeout=5)
             with pytest.raises(CallCancelledError, match="closed"):
                 waiting.result(timeout=5)

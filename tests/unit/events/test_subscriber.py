@@ -1,0 +1,393 @@
+"""The subscription: proven before it counts, begun again after every kind of end, never spinning, and stopped at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from structlog.testing import capture_logs
+
+from libcontainerd._events.subscriber import Subscriber
+from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Connection, Deadline
+from libcontainerd._wire.pb.events import task_pb2 as task_events
+from libcontainerd._wire.pb.services.events_pb2 import SubscribeRequest
+from libcontainerd._wire.pb.types.event_pb2 import Envelope
+from libcontainerd._wire.pb.wellknown_pb2 import Empty
+from libcontainerd.errors import (
+    CallCancelledError,
+    DeadlineExceededError,
+    InvalidParameterError,
+    LibcontainerdError,
+    NotImplementedByServerError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from tests import leaks
+from tests.unit.beside import DEADLINE, Beside, eventually
+from tests.unit.server import Context, Held, Scripted, fail
+
+SUBSCRIBE, PUBLISH = "Events.Subscribe", "Events.Publish"
+
+
+def swallow(context: Context, go_on: Callable[[], Message]) -> Message:
+    """Take a publication, and lose it."""
+    return Empty()
+
+
+class Watch:
+    """A subscriber, and what it has handed on."""
+
+    def __init__(self, server: Scripted) -> None:
+        self.server = server
+        self.connection = Connection(Address(server.path, with_credentials=False), namespace="test")
+        self.received: list[Envelope] = []
+        self.resumed = 0
+        self.on_event: Callable[[Envelope], None] = self.received.append
+        self.on_live: Callable[[], None] = self._count
+        self.subscriber = Subscriber(self.connection, on_event=self._hand_on, on_live=self._on_live)
+
+    def _hand_on(self, envelope: Envelope) -> None:
+        self.on_event(envelope)
+
+    def _on_live(self) -> None:
+        self.on_live()
+
+    def _count(self) -> None:
+        self.resumed += 1
+
+    def open(self, seconds: float = DEADLINE) -> Subscriber:
+        self.subscriber.open(Deadline(seconds))
+        return self.subscriber
+
+    def topics(self) -> list[str]:
+        return [each.topic for each in list(self.received)]
+
+    def close(self) -> None:
+        assert self.subscriber.close(DEADLINE)
+        self.connection.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with Scripted() as made:
+        yield made
+
+
+@pytest.fixture
+def watch(server: Scripted) -> Iterator[Watch]:
+    made = Watch(server)
+    yield made
+    made.close()
+
+
+def tell(server: Scripted, topic: str) -> None:
+    server.tell(topic, task_events.TaskOOM(container_id="web"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- proving
+
+
+def test_it_is_live_when_open_returns(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    assert watch.subscriber.live
+    for number in range(100):
+        tell(server, str(number))
+    eventually(lambda: len(watch.received) == 100, "all events")
+    assert watch.topics() == [f"/tasks/{number}" for number in range(100)], "in order, and none of our own"
+    assert watch.resumed == 0
+
+
+def test_it_asks_for_the_namespaces_tasks_and_its_private_topic(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    (request,) = server.called(SUBSCRIBE)
+    assert isinstance(request, SubscribeRequest)
+    tasks, private = request.filters
+    assert tasks == "namespace==test,topic~=|^/tasks/|"
+    topic = watch.subscriber._topic
+    assert topic.startswith("/libcontainerd/")
+    assert private == f'namespace==test,topic=="{topic}"'
+    assert {call.metadata[NAMESPACE_HEADER] for call in server.calls} == {"test"}
+    assert Watch(server).subscriber._topic != topic
+
+
+def test_a_publication_that_is_not_seen_is_repeated(server: Scripted, watch: Watch) -> None:
+    # As when containerd has taken the call and not yet subscribed.
+    server.script(PUBLISH, *[swallow] * 4)
+    watch.open()
+    assert len(server.called(PUBLISH)) >= 5
+
+
+def test_a_containerd_that_is_not_ready_is_given_its_time(server: Scripted, watch: Watch) -> None:
+    server.script(PUBLISH, *[fail(grpc.StatusCode.UNAVAILABLE)] * 2)
+    server.script(SUBSCRIBE, fail(grpc.StatusCode.UNAVAILABLE))
+    watch.open()
+    assert watch.subscriber.live
+    assert watch.resumed == 0, "nothing was missed: it was never live before"
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(watch: Watch, kind: type[LibcontainerdError], said: str, seconds: float = DEADLINE) -> float:
+    """Check that `open` fails and leaves no thread; say how long it took."""
+    begin = time.monotonic()
+    with pytest.raises(kind, match=said) as caught:
+        watch.open(seconds)
+    took = time.monotonic() - begin
+    assert type(caught.value) is kind
+    assert not [each for each in threading.enumerate() if each.name.startswith("libcontainerd-events")]
+    assert not watch.subscriber.live
+    return took
+
+
+def test_a_server_without_events_is_refused_at_once() -> None:
+    with Scripted(services=("tasks",)) as server:
+        watch = Watch(server)
+        assert refused(watch, NotImplementedByServerError, "is this containerd's socket") < DEADLINE / 2
+        watch.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "code", "kind"),
+    [
+        (PUBLISH, grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
+        (SUBSCRIBE, grpc.StatusCode.INVALID_ARGUMENT, InvalidParameterError),
+        (SUBSCRIBE, grpc.StatusCode.UNIMPLEMENTED, NotImplementedByServerError),
+    ],
+)
+def test_what_trying_again_does_not_mend_is_refused_at_once(
+    server: Scripted, watch: Watch, method: str, code: grpc.StatusCode, kind: type[LibcontainerdError]
+) -> None:
+    server.script(method, *[fail(code, "so it is")] * 20)
+    assert refused(watch, kind, "so it is") < DEADLINE / 2
+
+
+def test_a_silent_server_takes_the_deadline(server: Scripted, watch: Watch) -> None:
+    server.script(PUBLISH, *[Held() for _ in range(9)])
+    took = refused(watch, DeadlineExceededError, "containerd does not answer", 0.3)
+    assert 0.3 <= took < DEADLINE / 2
+
+
+def test_publications_that_are_never_seen_take_the_deadline(server: Scripted, watch: Watch) -> None:
+    server.script(PUBLISH, *[swallow] * 100)
+    refused(watch, DeadlineExceededError, "containerd does not answer", 0.2)
+
+
+def test_a_server_that_is_gone_is_unavailable(server: Scripted, watch: Watch) -> None:
+    server.stop()
+    refused(watch, UnavailableError, "containerd does not answer", 0.3)
+
+
+def test_close_beside_open(server: Scripted, watch: Watch) -> None:
+    server.script(PUBLISH, *[swallow] * 100)
+    opening = Beside(watch.open)
+    server.wait_for(PUBLISH, 2)
+    assert watch.subscriber.close(DEADLINE)
+    with pytest.raises(CallCancelledError, match="the client is closed"):
+        opening.answer()
+
+
+# ------------------------------------------------------------------------------------------------------------------- gaps
+
+ENDS = [
+    None,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_stream_that_ends_is_begun_again(
+    server: Scripted, watch: Watch, end: grpc.StatusCode | None
+) -> None:
+    watch.open()
+    tell(server, "before")
+    eventually(lambda: watch.topics() == ["/tasks/before"], "the first event")
+    with capture_logs() as logs:
+        server.end_streams(end)
+        eventually(lambda: watch.resumed == 1, "the subscription's return")
+    assert [log["event"] for log in logs] == ["events_interrupted", "events_resumed"]
+    assert {log["namespace"] for log in logs} == {"test"}
+    assert watch.subscriber.live
+    tell(server, "after")
+    eventually(lambda: watch.topics() == ["/tasks/before", "/tasks/after"], "the second event")
+
+
+def test_it_follows_a_containerd_that_restarts(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    for number in range(1, 3):
+        server.stop()
+        eventually(lambda: not watch.subscriber.live, "the gap")
+        server.start()
+        eventually(lambda number=number: watch.resumed == number, "the subscription's return")  # type: ignore[misc]
+    tell(server, "after")
+    eventually(lambda: watch.topics() == ["/tasks/after"], "an event")
+
+
+def test_after_a_gap_even_the_hopeless_is_tried_again(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    server.script(SUBSCRIBE, fail(grpc.StatusCode.UNIMPLEMENTED), fail(grpc.StatusCode.PERMISSION_DENIED))
+    server.script(PUBLISH, fail(grpc.StatusCode.UNIMPLEMENTED), fail(grpc.StatusCode.INVALID_ARGUMENT))
+    server.end_streams()
+    eventually(lambda: watch.resumed == 1, "the subscription's return")
+
+
+def test_it_is_not_live_before_it_is_proven_again(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    held = Held()
+    server.script(PUBLISH, held)
+    server.end_streams()
+    assert held.begun.wait(DEADLINE)
+    server.wait_for(SUBSCRIBE, 2)
+    assert not watch.subscriber.live
+    assert watch.resumed == 0
+    held.release()
+    eventually(lambda: watch.resumed == 1, "the subscription's return")
+
+
+class Pauses(threading.Event):
+    """An event that notes how long it is waited for, and does not let anybody wait."""
+
+    def __init__(self, enough: int) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._enough = enough
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(0.0 if timeout is None else timeout)
+        if len(self.seconds) >= self._enough:
+            return super().wait(DEADLINE)
+        return self.is_set()
+
+
+def test_the_pauses_double_up_to_two_seconds(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    pauses = Pauses(enough=10)
+    watch.subscriber._closed = pauses
+    server.script(SUBSCRIBE, *[fail(grpc.StatusCode.UNAVAILABLE)] * 20)
+    server.end_streams()
+    eventually(lambda: len(pauses.seconds) == 10, "ten pauses")
+    nominal = [min(0.1 * 2**number, 2.0) for number in range(10)]
+    for seconds, most in zip(pauses.seconds, nominal, strict=True):
+        assert most / 2 <= seconds <= most
+    assert len({seconds / most for seconds, most in zip(pauses.seconds, nominal, strict=True)}) > 1, "jitter"
+    assert all(after > before for before, after in pairwise(nominal[:5]))
+
+
+def test_a_subscription_that_lived_begins_with_the_shortest_pause(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    pauses = Pauses(enough=99)
+    watch.subscriber._closed = pauses
+    for number in range(1, 4):
+        server.end_streams()
+        eventually(lambda number=number: watch.resumed == number, "the subscription's return")  # type: ignore[misc]
+    assert len(pauses.seconds) == 3
+    assert max(pauses.seconds) <= 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------- closing
+
+
+def test_close_is_prompt_and_idempotent(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    begin = time.monotonic()
+    assert watch.subscriber.close(DEADLINE)
+    assert watch.subscriber.close(DEADLINE)
+    assert time.monotonic() - begin < 2.0
+    tell(server, "late")
+    assert watch.received == []
+
+
+def test_close_in_a_gap(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    server.stop()
+    eventually(lambda: not watch.subscriber.live, "the gap")
+    begin = time.monotonic()
+    assert watch.subscriber.close(DEADLINE)
+    assert time.monotonic() - begin < 4.0
+    assert watch.resumed == 0
+
+
+def test_close_before_open(watch: Watch) -> None:
+    assert watch.subscriber.close(DEADLINE)
+
+
+def test_close_from_inside_an_event(server: Scripted, watch: Watch) -> None:
+    closed = threading.Event()
+
+    def close(_: Envelope) -> None:
+        watch.subscriber.close(DEADLINE)
+        closed.set()
+
+    watch.on_event = close
+    watch.open()
+    tell(server, "last")
+    assert closed.wait(DEADLINE)
+    assert watch.subscriber.close(DEADLINE)
+
+
+def test_close_from_inside_the_catching_up(server: Scripted, watch: Watch) -> None:
+    closed = threading.Event()
+
+    def close() -> None:
+        watch.subscriber.close(DEADLINE)
+        closed.set()
+
+    watch.on_live = close
+    watch.open()
+    server.end_streams()
+    assert closed.wait(DEADLINE)
+
+
+def test_close_says_when_an_event_is_still_worked_on(server: Scripted, watch: Watch) -> None:
+    busy, go = threading.Event(), threading.Event()
+
+    def block(_: Envelope) -> None:
+        busy.set()
+        go.wait()
+
+    watch.on_event = block
+    watch.open()
+    tell(server, "slow")
+    assert busy.wait(DEADLINE)
+    assert not watch.subscriber.close(0.05)
+    go.set()
+    assert watch.subscriber.close(DEADLINE)
+
+
+def test_an_event_that_fails_is_logged_and_the_next_is_handed_on(server: Scripted, watch: Watch) -> None:
+    handed: list[str] = []
+
+    def fail_once(envelope: Envelope) -> None:
+        handed.append(envelope.topic)
+        if len(handed) == 1:
+            raise RuntimeError("a mistake")
+
+    watch.on_event = fail_once
+    watch.open()
+    with capture_logs() as logs:
+        tell(server, "one")
+        tell(server, "two")
+        eventually(lambda: len(handed) == 2, "both events")
+    assert [(log["event"], log["topic"]) for log in logs] == [("event_failed", "/tasks/one")]
+
+
+def test_nothing_is_left_behind(server: Scripted) -> None:
+    first = Watch(server)
+    first.open()
+    first.close()
+    with leaks.no_leaks():
+        for _ in range(3):
+            watch = Watch(server)
+            watch.open()
+            server.end_streams()
+            eventually(lambda watch=watch: watch.resumed == 1, "the subscription's return")  # type: ignore[misc]
+            watch.close()

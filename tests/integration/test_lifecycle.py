@@ -526,6 +526,33 @@ def test_a_mapping_is_as_good_as_a_spec(client: Client, spec: MakeSpec) -> None:
     client.delete("c")
 
 
+def test_of_many_who_delete_at_once_one_does_and_all_hear_of_it(
+    client: Client, spec: MakeSpec, backend: RecordingBackend, count: Count
+) -> None:
+    def delete() -> bool:
+        try:
+            client.delete("c")
+        except (NotFoundError, ConflictError):
+            return False
+        return True
+
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(count(50, 5)):
+            backend.clear()
+            client.create("c", spec("sh", "-c", "exit 3"))
+            client.start("c", attach_stdio=Collected())
+            status = client.wait("c")
+            deleting = [pool.submit(client.delete_task, "c") for _ in range(5)]
+            told = [each.result(timeout=20) for each in deleting]
+            assert status in told
+            # Who comes after the record was dropped is told that there is none.
+            assert all(each == status or isinstance(each.error, NotFoundError) for each in told)
+            deleted = [each.result(timeout=20) for each in [pool.submit(delete) for _ in range(5)]]
+            assert deleted.count(True) == 1
+            assert exit_of(backend, "c") == 3
+            assert kinds(backend, "c") == [("create", "c"), ("start", "c"), ("exit", "c")]
+
+
 # ------------------------------------------------------------------------------------------------------- other hands
 
 

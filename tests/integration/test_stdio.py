@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
 import termios
@@ -736,6 +738,39 @@ def test_asyncio_reads_the_streams(client: Client, spec: MakeSpec, data: Path) -
     client.wait("c")
     assert client.delete_task("c").code == 0
     client.delete("c")
+
+
+def test_the_standard_library_reads_the_streams(
+    client: Client, spec: MakeSpec, data: Path, tmp_path: Path
+) -> None:
+    def start(*args: str) -> Streams:
+        streams = Streams()
+        client.create("c", spec(*args, options=[with_data(data)]))
+        client.start("c", attach_stdio=streams)
+        return streams
+
+    def end() -> None:
+        assert client.wait("c").code == 0
+        assert client.delete_task("c").code == 0
+        client.delete("c")
+
+    streams = start("sh", "-c", "echo one; usleep 20000; echo two")
+    with io.TextIOWrapper(io.BufferedReader(streams.stdout)) as text:
+        assert list(text) == ["one\n", "two\n"]
+    end()
+    streams = start("cat", "/data/out")
+    with (tmp_path / "copied").open("wb") as file:
+        shutil.copyfileobj(streams.stdout, file)
+    assert (tmp_path / "copied").read_bytes() == (data / "out").read_bytes()
+    end()
+    streams = start("cat", "/data/err")
+    with (tmp_path / "spliced").open("wb") as file, selectors.DefaultSelector() as selector:
+        selector.register(streams.stdout, selectors.EVENT_READ)
+        while selector.select(20) and os.splice(streams.stdout.fileno(), file.fileno(), MIB):
+            pass
+    assert (tmp_path / "spliced").read_bytes() == (data / "err").read_bytes()
+    streams.stdout.close()
+    end()
 
 
 def test_a_second_reader_of_an_ended_stream_gets_the_end(client: Client, spec: MakeSpec) -> None:

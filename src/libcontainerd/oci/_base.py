@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -224,9 +224,14 @@ class Model(BaseModel):
         defer_build=False,
     )
 
-    # Evaluated here and now (no postponed annotations in this module): pydantic before 2.12 looks for the
-    # names of a postponed one in the module of the subclass.
-    __pydantic_extra__: dict[str, AnyJSON]
+    if TYPE_CHECKING:
+        # No argument of the constructor, for users whose type checker does not know pydantic.
+        __pydantic_extra__: dict[str, object] = Field(init=False)
+    else:
+        # Without a value, which would hide the slot that pydantic keeps for it. And evaluated here and now (no
+        # postponed annotations in this module): pydantic before 2.12 looks for a postponed one's names in the
+        # module of the subclass.
+        __pydantic_extra__: dict[str, AnyJSON]
 
     def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
         """Show only what is set: unset members are most of them."""

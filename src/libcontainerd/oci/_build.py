@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from pydantic import ValidationError
@@ -116,6 +116,19 @@ def text(value: object, function: str, parameter: str) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise InvalidParameterError(f"{function}: {parameter} must be text without NUL, not {value!r}")
     return value
+
+
+def text_map(values: object, function: str) -> dict[str, str]:
+    """Give an argument that must map text to text, as a copy.
+
+    Raises:
+        InvalidParameterError: if it does not.
+    """
+    if not isinstance(values, Mapping):
+        raise InvalidParameterError(f"{function}: give a mapping of names to values, not {values!r}")
+    return {
+        text(name, function, "a name"): text(value, function, str(name)) for name, value in values.items()
+    }
 
 
 def absolute(path: object, function: str, parameter: str) -> str:

@@ -7,7 +7,16 @@ import stat
 from collections.abc import Iterable, Mapping
 
 from libcontainerd.errors import InvalidParameterError
-from libcontainerd.oci._build import Option, SpecOption, absolute, linux_of, resources_of, text, texts
+from libcontainerd.oci._build import (
+    Option,
+    SpecOption,
+    absolute,
+    linux_of,
+    resources_of,
+    text,
+    text_map,
+    texts,
+)
 from libcontainerd.oci._model import Spec
 from libcontainerd.oci._model_linux import (
     NAMESPACE_TYPES,
@@ -363,9 +372,9 @@ def with_annotations(annotations: Mapping[str, str]) -> SpecOption:
     {'org.example.job': '7'}
 
     Raises:
-        InvalidParameterError: if a name is empty.
+        InvalidParameterError: if a name is empty, or a value is not text.
     """
-    wanted = dict(annotations)
+    wanted = text_map(annotations, "with_annotations")
     if "" in wanted:
         raise InvalidParameterError("with_annotations: an annotation needs a name")
 
@@ -382,7 +391,7 @@ def with_sysctl(settings: Mapping[str, str]) -> SpecOption:
     >>> oci.build(oci.default_spec(), oci.with_sysctl({"net.ipv4.ip_forward": "1"})).linux.sysctl
     {'net.ipv4.ip_forward': '1'}
     """
-    wanted = dict(settings)
+    wanted = text_map(settings, "with_sysctl")
 
     def edit(spec: Spec) -> None:
         linux = linux_of(spec)

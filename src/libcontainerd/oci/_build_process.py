@@ -6,7 +6,17 @@ import os
 from collections.abc import Iterable, Mapping
 
 from libcontainerd.errors import InvalidParameterError
-from libcontainerd.oci._build import Option, SpecOption, absolute, process_of, set_env, text, texts, unset
+from libcontainerd.oci._build import (
+    Option,
+    SpecOption,
+    absolute,
+    process_of,
+    set_env,
+    text,
+    text_map,
+    texts,
+    unset,
+)
 from libcontainerd.oci._model import Mount, Root, Spec
 from libcontainerd.oci._model_process import Box, LinuxCapabilities, POSIXRlimit, Process, User
 
@@ -112,10 +122,7 @@ def with_env(variables: Mapping[str, str]) -> SpecOption:
         InvalidParameterError: if a name is empty or has `=` in it, or a name or value is not text or holds a
             NUL.
     """
-    wanted = {
-        text(name, "with_env", "a name"): text(value, "with_env", str(name))
-        for name, value in variables.items()
-    }
+    wanted = text_map(variables, "with_env")
     for name in wanted:
         if not name or "=" in name:
             raise InvalidParameterError(f"with_env: {name!r} cannot be the name of a variable")

@@ -69,7 +69,8 @@ class Runc:
     def run(self, spec: oci.Spec, script: str = "") -> Seen:
         """Run a container to its end; `script` is for its shell."""
         if script:
-            spec = oci.with_args("sh", "-c", script)(spec)
+            # runc copies the two streams one beside the other, so that only within one is there an order.
+            spec = oci.with_args("sh", "-c", f"exec 2>&1\n{script}")(spec)
         name, bundle = self.bundle(spec)
         done = self.command("run", "--bundle", bundle, name)
         return Seen(done.stdout, done.returncode)
@@ -104,9 +105,12 @@ class Runc:
             return _read_to_the_end(file.fileno()).decode()
 
     def close(self) -> None:
-        """Delete what is left."""
+        """Delete what is left, and the cgroup that tests make containers' cgroups in."""
         for name in self._made:
             self.command("delete", "--force", name)
+        for place in ("", "*/"):
+            for cgroup in Path("/sys/fs/cgroup").glob(f"{place}{self.directory.name}"):
+                cgroup.rmdir()
 
 
 def _read_to_the_end(terminal: int) -> bytes:

@@ -80,15 +80,28 @@ def test_it_sees_its_own_cgroup_read_only(runc: Runc) -> None:
     assert lines[-1] == "/"
 
 
-@pytest.mark.parametrize("path", ["/proc/keys", "/proc/timer_list", "/proc/interrupts"])
-def test_it_masks_files_that_tell_of_the_host(runc: Runc, path: str) -> None:
-    assert Path(path).read_bytes() != b""
-    assert runc.run(oci.default_spec(), f"cat {path} | wc -c").output.strip() == "0"
+def test_it_masks_what_tells_of_the_host(runc: Runc) -> None:
+    spec = oci.default_spec()
+    assert spec.linux is not None
+    telling = [path for path in spec.linux.masked_paths or () if content(Path(path))]
+
+    seen = runc.run(
+        spec, "".join(f"cat {path} 2> /dev/null; ls -A {path}/ 2> /dev/null\n" for path in telling)
+    )
+
+    # Kernels differ in which of them they have; these two are in all that run containers.
+    assert {"/proc/keys", "/proc/timer_list"} & set(telling)
+    assert seen.output == ""
 
 
-def test_it_masks_the_firmware(runc: Runc) -> None:
-    assert any(Path("/sys/firmware").iterdir())
-    assert runc.run(oci.default_spec(), "ls /sys/firmware | wc -l").output.strip() == "0"
+def content(path: Path) -> bool:
+    """Say whether a file or directory of the host holds anything."""
+    if path.is_dir():
+        return any(path.iterdir())
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) != b""
 
 
 def test_it_cannot_change_the_kernels_parameters(runc: Runc) -> None:

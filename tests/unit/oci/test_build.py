@@ -70,6 +70,13 @@ def test_every_option_is_here() -> None:
     assert {name for name in oci.__all__ if name.startswith(("with_", "without_"))} == OPTIONS.keys()
 
 
+def test_every_option_is_looked_at_from_inside_a_container() -> None:
+    folder = Path(__file__).parents[2] / "integration/oci"
+    text = "".join(path.read_text() for path in folder.glob("test_*.py"))
+
+    assert [name for name in [*OPTIONS, "exec_process"] if f"oci.{name}(" not in text] == []
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_a_copy(name: str) -> None:
     before = oci.default_spec()
@@ -209,7 +216,9 @@ _REFUSED: dict[str, Callable[[], object]] = {
     "with_devices: /a: type must be c, b, u or p, not None": lambda: oci.with_devices(oci.LinuxDevice(path="/a")),
     "with_devices: /a: give major and minor": lambda: oci.with_devices(oci.LinuxDevice(path="/a", type="c")),
     "with_annotations: an annotation needs a name": lambda: oci.with_annotations({"": "a"}),
-    "with_annotations: annotations.a must be a string": lambda: oci.with_annotations({"a": 1})(oci.Spec()),  # type: ignore[dict-item]
+    "with_annotations: a must be text": lambda: oci.with_annotations({"a": 1}),  # type: ignore[dict-item]
+    "with_sysctl: give a mapping": lambda: oci.with_sysctl(["a=1"]),  # type: ignore[arg-type]
+    "with_env: give a mapping": lambda: oci.with_env("A=1"),  # type: ignore[arg-type]
     "with_cgroup_path: '' cannot be": lambda: oci.with_cgroup_path(""),
     "with_cgroup_path: '/a/../../b' cannot be": lambda: oci.with_cgroup_path("/a/../../b"),
     "no default seccomp profile for the machine 'vax'": lambda: oci.default_seccomp_profile(machine="vax"),

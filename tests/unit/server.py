@@ -102,6 +102,7 @@ class Process:
     status: int = task_pb2.Status.CREATED
     code: int = 0
     terminal: bool = False
+    killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Scripted:
         self.port = 0
         self.streams: list[_Stream] = []
         self.lock = threading.RLock()
+        self.ended = threading.Condition(self.lock)
         self._scripts: defaultdict[str, deque[Step]] = defaultdict(deque)
         self._pids = itertools.count(1001)
         self._server: grpc.Server | None = None
@@ -217,6 +219,7 @@ class Scripted:
         with self.lock:
             process = self.processes[container_id, exec_id]
             process.status, process.code = task_pb2.Status.STOPPED, code
+            self.ended.notify_all()
         if told:
             self.tell_exit(container_id, exec_id)
 
@@ -409,7 +412,9 @@ class _Tasks(tasks_pb2.TasksServicer):
         process = self._server.get(context, request.container_id, request.exec_id)
         if process.status == task_pb2.Status.STOPPED:
             context.abort(grpc.StatusCode.NOT_FOUND, "process already finished: not found")
-        if request.signal == 9:
+        if request.signal == 9 and process.status == task_pb2.Status.PAUSED:
+            process.killed = True  # what is frozen dies when it is thawed
+        elif request.signal == 9:
             self._server.exit(request.container_id, request.exec_id, 137)
         return Empty()
 
@@ -451,9 +456,25 @@ class _Tasks(tasks_pb2.TasksServicer):
         return Empty()
 
     def Resume(self, request: tasks_pb2.ResumeTaskRequest, context: Context) -> Empty:  # noqa: N802
-        self._server.get(context, request.container_id).status = task_pb2.Status.RUNNING
+        process = self._server.get(context, request.container_id)
+        process.status = task_pb2.Status.RUNNING
         self._server.tell("resumed", task_events.TaskResumed(container_id=request.container_id))
+        if process.killed:
+            self._server.exit(request.container_id, code=137)
         return Empty()
+
+    def Wait(self, request: tasks_pb2.WaitRequest, context: Context) -> tasks_pb2.WaitResponse:  # noqa: N802
+        process = self._server.get(context, request.container_id, request.exec_id)
+        with self._server.ended:
+            context.add_callback(self._wake)
+            self._server.ended.wait_for(
+                lambda: process.status == task_pb2.Status.STOPPED or not context.is_active()
+            )
+        return tasks_pb2.WaitResponse(exit_status=process.code, exited_at=Timestamp(seconds=EXIT_SECONDS))
+
+    def _wake(self) -> None:
+        with self._server.ended:
+            self._server.ended.notify_all()
 
     def ListPids(  # noqa: N802
         self, request: tasks_pb2.ListPidsRequest, context: Context

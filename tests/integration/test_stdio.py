@@ -394,7 +394,7 @@ def test_the_users_terminal_is_lent_and_given_back(client: Client, spec: MakeSpe
 
 
 class Dawdling:
-    """An IO whose reader takes 64 KiB at a time, and pauses before the last part until told to go on."""
+    """An IO whose reader takes a little at a time, and pauses before the last part until told to go on."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -412,9 +412,10 @@ class Dawdling:
         return self
 
     def _read(self, stream: cio.OutputStream) -> None:
-        while piece := stream.read(65536):
+        while piece := stream.read(16384):
             self.taken += piece
-            if len(self.taken) >= self._total - 100_000 and not self._go_on.is_set():
+            # What is left then fills the FIFO, and a good part of the shim's own pipe behind it.
+            if len(self.taken) >= self._total - 120_000 and not self._go_on.is_set():
                 self.paused.set()
                 self._go_on.wait(30)
 

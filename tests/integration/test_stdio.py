@@ -674,10 +674,13 @@ def test_null_io_takes_all_output_and_opens_nothing(
         client.create("d", spec(*SLEEP, options=[with_data(data)]))
         client.start("d", attach_stdio=cio.null_io)
         client.exec("d", "e", process("sh", "-c", "cat /data/out; exit 4", terminal=terminal))
-        if terminal:
-            client.resize_terminal("d", "e", 80, 24)
         assert client.wait("d", "e", timeout=30).code == 4
+        client.exec("d", "f", process(*SLEEP, terminal=terminal))
+        client.resize_terminal("d", "f", 80, 24)
+        client.signal_process("d", "f", signal.SIGKILL)
+        assert client.wait("d", "f", timeout=30).code == 137
         wait_exec_gone(client, "d", "e")
+        wait_exec_gone(client, "d", "f")
         stop(client, "d")
 
 

@@ -228,9 +228,9 @@ class Model(BaseModel):
         # No argument of the constructor, for users whose type checker does not know pydantic.
         __pydantic_extra__: dict[str, object] = Field(init=False)
     else:
-        # Without a value, which would hide the slot that pydantic keeps for it. And evaluated here and now (no
-        # postponed annotations in this module): pydantic before 2.12 looks for a postponed one's names in the
-        # module of the subclass.
+        # Without a value, which would hide the slot that pydantic keeps for it. And evaluated here and now
+        # (no postponed annotations in this module): pydantic before 2.12 looks for a postponed one's names in
+        # the module of the subclass.
         __pydantic_extra__: dict[str, AnyJSON]
 
     def __repr_args__(self) -> Iterator[tuple[str | None, object]]:

@@ -105,12 +105,7 @@ def parse(document: object, model: type[_M], what: str) -> _M:
     """
     if isinstance(document, str | bytes):
         value = loads(document, what)
-        # Only an escape can put a lone surrogate into text that was decoded.
-        if (
-            (b"\\u" in document)
-            if isinstance(document, bytes)
-            else ("\\u" in document or not is_text(document))
-        ):
+        if _may_hold_surrogates(document):
             value = _plain(value, what)
     elif isinstance(document, model):
         value = _mapping(document, what)
@@ -122,6 +117,13 @@ def parse(document: object, model: type[_M], what: str) -> _M:
             f" not {type(document).__name__}"
         )
     return validated(value, model, what)
+
+
+def _may_hold_surrogates(document: str | bytes) -> bool:
+    if isinstance(document, bytes):
+        # UTF-8 has none: only an escape can bring one in.
+        return b"\\u" in document
+    return "\\u" in document or not is_text(document)
 
 
 def _plain(document: object, what: str) -> object:
@@ -159,10 +161,13 @@ def _check_platforms(spec: Spec, what: str) -> None:
         section: object = getattr(spec, name)
         if section is None:
             continue
+        unknown = UnknownMembers()
         try:
-            model.model_validate(section, by_alias=True, by_name=False)
+            parsed = model.model_validate(section, by_alias=True, by_name=False, context=unknown)
         except ValidationError as error:
             raise InvalidParameterError(f"invalid {what}: {problems(error, name)}") from error
+        if unknown.found:
+            _settle(parsed, section, name, what)
 
 
 def _settle(model: Model, source: object, path: str, what: str) -> None:

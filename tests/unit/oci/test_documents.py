@@ -145,6 +145,8 @@ def test_a_member_that_occurs_twice_is_refused(text: str, path: str) -> None:
     ("text", "path", "known"),
     [
         ('{"Process": {}}', "Process", "process"),
+        ('{"windows": {"Devices": 3}}', "windows.Devices", "devices"),
+        ('{"vm": {"hwConfig": {"irqs": [], "IRQs": []}}}', "vm.hwConfig.IRQs", "irqs"),
         ('{"OCIVERSION": "1.0.2"}', "OCIVERSION", "ociVersion"),
         ('{"process": {"ARGS": []}}', "process.ARGS", "args"),
         ('{"linux": {"resources": {"rdma": {"mlx5": {"hcahandles": 1}}}}}', "linux.resources.rdma.mlx5.hcahandles", "hcaHandles"),
@@ -312,6 +314,11 @@ def test_assignments_and_constructors_are_checked() -> None:
         with pytest.raises(pydantic.ValidationError):
             change()
     assert oci.dump(spec) == oci.dump(oci.default_spec())
+
+
+def test_text_that_cannot_be_written_is_refused_when_it_is_written() -> None:
+    with pytest.raises(InvalidParameterError, match="this Process cannot be written"):
+        oci.dump(oci.Process(args=["\ud800"]))
 
 
 def test_assigning_none_writes_null() -> None:

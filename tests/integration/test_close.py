@@ -193,7 +193,7 @@ def test_a_start_that_close_cuts_short_is_undone_in_containerd(
 ) -> None:
     client = new_client(RecordingBackend())
     held = Held()
-    client.create("c", spec("cat"), slow_runc(tmp_path, step))
+    client.create("c", spec("sleep", "1000"), slow_runc(tmp_path, step))
     bundle = bundle_of(raw, "c")
     with ThreadPoolExecutor(1) as executor:
         if step == "exec":
@@ -400,6 +400,50 @@ def test_close_from_inside_process_event(new_client: NewClient, raw: Raw, spec: 
         client.start("c")
     assert took.result(20) < PROMPT
     client.close()
+
+
+def test_close_from_inside_process_event_while_another_thread_is_closing(
+    new_client: NewClient, spec: MakeSpec
+) -> None:
+    entered = threading.Event()
+    done: Future[None] = Future()
+
+    def close(container_id: str, event: EventType, info: EventInfo) -> None:
+        entered.set()
+        wait_until(lambda: client.closed, "the other close has begun")
+        client.close()
+        done.set_result(None)
+
+    client = new_client(CallbackBackend(on={EventType.CREATE: close}))
+    with ThreadPoolExecutor(1) as executor:
+        starting = executor.submit(start, client, spec, "sleep", "1000")
+        assert entered.wait(10)
+        with prompt():
+            client.close()
+        done.result(PROMPT)
+        assert isinstance(starting.exception(30), CallCancelledError | None)
+
+
+@pytest.mark.parametrize("where", ["attach_stdio", "a destination of cio.copy"])
+def test_close_from_inside_a_callback_of_the_stdio(new_client: NewClient, spec: MakeSpec, where: str) -> None:
+    closed = threading.Event()
+    client = new_client(RecordingBackend())
+    client.create("c", spec("sh", "-c", "echo hi; exec sleep 1000"))
+
+    def close(*_: object) -> None:
+        with prompt():
+            client.close()
+        closed.set()
+
+    def attach(dio: cio.DirectIO) -> cio.IO:
+        close()
+        return dio
+
+    attach_stdio = attach if where == "attach_stdio" else cio.copy(stdout=close)
+    with suppress(CallCancelledError):
+        client.start("c", attach_stdio=attach_stdio)
+        assert where != "attach_stdio"
+    assert closed.wait(10)
 
 
 def test_leaving_the_with_block_closes(new_client: NewClient, raw: Raw, spec: MakeSpec) -> None:

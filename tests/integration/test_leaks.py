@@ -83,7 +83,7 @@ def traces(remote: Remote, namespace: str) -> Callable[[], list[str]]:
 def test_containers_leave_nothing(
     client: Client, raw: Raw, spec: MakeSpec, traces: Callable[[], list[str]], count: Count
 ) -> None:
-    number = count(300, 16)
+    number = count(150, 16)
 
     def live(name: str) -> None:
         result = run(client, name, spec("sh", "-c", "cat; echo error >&2; exit 5"), name.encode())
@@ -107,7 +107,7 @@ def test_containers_leave_nothing(
 def test_execs_leave_nothing(
     client: Client, backend: RecordingBackend, raw: Raw, spec: MakeSpec, count: Count
 ) -> None:
-    number = count(1000, 50)
+    number = count(400, 50)
     client.create("c", spec("sleep", "1000"))
     pid = client.start("c")
     bundle = bundle_of(raw, "c")
@@ -136,7 +136,7 @@ def test_execs_leave_nothing(
 def test_failed_starts_and_execs_leave_nothing(
     client: Client, raw: Raw, spec: MakeSpec, traces: Callable[[], list[str]], count: Count
 ) -> None:
-    number = count(200, 12)
+    number = count(100, 12)
     client.create("c", spec("sleep", "1000"))
     pid = client.start("c")
     bundles = bundle_of(raw, "c").parent

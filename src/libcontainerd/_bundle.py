@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -160,7 +161,7 @@ def _make_directory(path: str, mode: int, made: list[str]) -> bool:
         made.append(path)
         os.chmod(path, mode)  # whatever the umask says
         return True
-    if not os.path.isdir(path):
+    if not stat.S_ISDIR(os.stat(path).st_mode):  # raises FileNotFoundError where it is gone again
         raise NotADirectoryError(f"{path} is there and is not a directory")
     return False
 

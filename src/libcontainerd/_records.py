@@ -168,33 +168,33 @@ class Container:
 
     # Looking up.
 
-    def require_task(self) -> Process:
+    def require_task(self, doing: str) -> Process:
         """The init process.
 
         Raises:
             NotFoundError: the container has no task.
         """
         with self.changed:
-            return self._require_task()
+            return self._require_task(doing)
 
-    def _require_task(self) -> Process:
+    def _require_task(self, doing: str) -> Process:
         if self.task is None or self.task.state is State.RESERVED:
-            raise NotFoundError(f"container {self.id!r}: container is not running")
+            raise NotFoundError(f"cannot {doing}: container is not running")
         return self.task
 
-    def require_process(self, process_id: str) -> Process:
+    def require_process(self, process_id: str, doing: str) -> Process:
         """Init or an exec.
 
         Raises:
             NotFoundError: the container has no task, or no such exec.
         """
         with self.changed:
-            task = self._require_task()
+            task = self._require_task(doing)
             if process_id == INIT_PROCESS_NAME:
                 return task
             process = self.execs.get(process_id)
             if process is None:
-                raise NotFoundError(f"container {self.id!r}: no such exec {process_id!r}")
+                raise NotFoundError(f"cannot {doing}: no such exec")
             return process
 
     def last_exit(self, process_id: str) -> ExitStatus | None:
@@ -206,7 +206,7 @@ class Container:
         """The bundle of a container that was created."""
         with self.changed:
             if self.bundle is None:
-                raise NotFoundError(f"container {self.id!r}: no such container")
+                raise NotFoundError(f"cannot start anything in container {self.id!r}: no such container")
             return self.bundle
 
     # Reserving: each taken under the lock before any RPC or path, and given back by `forget`.
@@ -219,9 +219,9 @@ class Container:
         """
         with self.changed:
             if self._deleting:
-                raise ConflictError(f"container {self.id!r} is being deleted")
+                raise ConflictError(f"cannot start container {self.id!r}: it is being deleted")
             if self.task is not None:
-                raise ConflictError(f"container {self.id!r}: container already started")
+                raise ConflictError(f"cannot start container {self.id!r}: container already started")
             self.task = Process(INIT_PROCESS_NAME)
             return self.task
 
@@ -239,7 +239,7 @@ class Container:
                     f"cannot exec {process_id!r} in container {self.id!r}: container is not running"
                 )
             if process_id in self.execs:
-                raise ConflictError(f"container {self.id!r}: exec id {process_id!r} already in use")
+                raise ConflictError(f"cannot exec {process_id!r} in container {self.id!r}: id already in use")
             process = self.execs[process_id] = Process(process_id)
             return process
 
@@ -252,7 +252,7 @@ class Container:
         """
         with self.changed:
             if self._deleting:
-                raise ConflictError(f"container {self.id!r} is being deleted by another call")
+                raise ConflictError(f"cannot delete container {self.id!r}: another call is deleting it")
             if self.task is not None:
                 raise FailedPreconditionError(
                     f"cannot delete container {self.id!r}: its task still exists; stop it and call delete_task first"
@@ -447,7 +447,13 @@ class Container:
     def attached(self) -> list[Attached]:
         """The IO of every process that has any."""
         with self.changed:
-            return [process.attached for process in self._processes() if process.attached is not None]
+            return [each.attached for each in self._processes() if each.attached is not None]
+
+    def attached_and_started(self) -> list[Attached]:
+        """The IO of every process that has any and is not just being started."""
+        made = (State.RESERVED, State.CREATED)
+        with self.changed:
+            return [each.attached for each in self._processes() if each.attached and each.state not in made]
 
     def _processes(self) -> list[Process]:
         return [*([] if self.task is None else [self.task]), *self.execs.values()]
@@ -509,7 +515,7 @@ class ContainerMap:
         with self._lock:
             return self._containers.get(container_id)
 
-    def get(self, container_id: str) -> Container:
+    def get(self, container_id: str, doing: str) -> Container:
         """The record of a container that was created.
 
         Raises:
@@ -517,7 +523,7 @@ class ContainerMap:
         """
         container = self.find(container_id)
         if container is None or not container.ready:
-            raise NotFoundError(f"container {container_id!r}: no such container")
+            raise NotFoundError(f"cannot {doing}: no such container")
         return container
 
     def deleted(self, container_id: str) -> Container | None:

@@ -75,6 +75,7 @@ _CONNECT_SECONDS: Final = 10.0
 _DELETE_RESERVE_SECONDS: Final = 15.0
 """What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
 
+_JOIN_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
 
 _OUTCOME_UNKNOWN: Final = (UnavailableError, DeadlineExceededError, CallCancelledError)
@@ -161,7 +162,9 @@ class Client:
         try:
             self._subscriber.open(patience)
         except BaseException:
+            self._subscriber.stop()
             self._connection.close()
+            self._subscriber.join(_JOIN_SECONDS)
             raise
         _live_clients.add(self)
 
@@ -271,14 +274,15 @@ class Client:
             ConflictError: another call is deleting it.
         """
         deadline = self._deadline(timeout)
-        container = self._containers.get(container_id)
+        doing = f"delete container {container_id!r}"
+        container = self._containers.get(container_id, doing)
         container.reserve_deletion()
         try:
             with suppress(NotFoundError):  # somebody else has removed it: what is left to do is ours
                 self._connection.call(
                     self._connection.containers.Delete,
                     containers_pb2.DeleteContainerRequest(id=container_id),
-                    doing=f"delete container {container_id!r}",
+                    doing=doing,
                     deadline=deadline,
                 )
         except BaseException:
@@ -324,31 +328,36 @@ class Client:
         create(timeout=deadline.remaining())
 
     def _clear(self, container_id: str, deadline: Deadline) -> None:
+        """Remove a container of that id, ours or one that only containerd knows, with its task."""
         doing = f"clear away the old container {container_id!r}"
-        with suppress(NotFoundError):
-            container = self._containers.get(container_id)
+        known = self._containers.find(container_id)
+        if known is not None and known.ready:
             with suppress(NotFoundError):
-                container.require_task()
-                with suppress(NotFoundError):
-                    self.signal_process(
-                        container_id, INIT_PROCESS_NAME, signals.SIGKILL, timeout=deadline.remaining()
-                    )
-                self.wait(container_id, timeout=deadline.remaining())
-                ended = self.delete_task(container_id, timeout=deadline.remaining())
-                if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
-                    raise ended.error
-            self.delete(container_id, timeout=deadline.remaining())
+                self._clear_known(known, deadline, doing)
             return
-        with self._shelter.enter(doing) as calls:
-            unknown = Container(container_id)
-            cleanup.end_process(calls, unknown, Process(INIT_PROCESS_NAME), doing=doing, deadline=deadline)
-            with suppress(NotFoundError):
-                calls.call(
-                    calls.containers.Delete,
-                    containers_pb2.DeleteContainerRequest(id=container_id),
-                    doing=doing,
-                    deadline=deadline,
+        # Reserved, so that what another call is making under this id just now is not taken for the old one.
+        unknown = self._containers.reserve(container_id)
+        try:
+            with self._shelter.enter(doing) as calls, suppress(NotFoundError):
+                cleanup.end_process(
+                    calls, unknown, Process(INIT_PROCESS_NAME), doing=doing, deadline=deadline
                 )
+                deletion = containers_pb2.DeleteContainerRequest(id=container_id)
+                calls.call(calls.containers.Delete, deletion, doing=doing, deadline=deadline)
+        finally:
+            self._containers.release(unknown)
+
+    def _clear_known(self, container: Container, deadline: Deadline, doing: str) -> None:
+        name = container.id
+        with suppress(NotFoundError):
+            container.require_task(doing)
+            with suppress(NotFoundError):
+                self.signal_process(name, INIT_PROCESS_NAME, signals.SIGKILL, timeout=deadline.remaining())
+            self.wait(name, timeout=deadline.remaining())
+            ended = self.delete_task(name, timeout=deadline.remaining())
+            if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
+                raise ended.error
+        self.delete(name, timeout=deadline.remaining())
 
     # ------------------------------------------------------------------------------------------- starting processes
 
@@ -383,8 +392,8 @@ class Client:
         if checkpoint_dir is not None:
             raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
         deadline = self._deadline(timeout)
-        container = self._containers.get(container_id)
         doing = f"start container {container_id!r}"
+        container = self._containers.get(container_id, doing)
         terminal = container.facts.terminal
         with self._making(container, container.reserve_task, doing) as (calls, task):
             attached = self._attach(
@@ -454,9 +463,9 @@ class Client:
         model = oci.parse_process(process)
         document = oci.dump(model)
         terminal = bool(model.terminal)
-        container = self._containers.get(container_id)
-        reserve = partial(container.reserve_exec, process_id)
         doing = f"exec {process_id!r} in container {container_id!r}"
+        container = self._containers.get(container_id, doing)
+        reserve = partial(container.reserve_exec, process_id)
         with _refused_when_ended(container), self._making(container, reserve, doing) as (calls, record):
             attached = self._attach(
                 container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
@@ -541,12 +550,13 @@ class Client:
         if not 0 < signal < signals.NSIG:
             raise InvalidParameterError(f"{signal!r} is no signal: want 1 to {signals.NSIG - 1}")
         deadline = self._deadline(timeout)
-        container = self._containers.get(container_id)
-        process = container.require_process(process_id)
+        doing = f"send signal {int(signal)} to {process_id!r} in container {container_id!r}"
+        container = self._containers.get(container_id, doing)
+        process = container.require_process(process_id, doing)
         self._connection.call(
             self._connection.tasks.Kill,
             tasks_pb2.KillRequest(container_id=container_id, exec_id=process.exec_id, signal=signal),
-            doing=f"send signal {int(signal)} to {process_id!r} in container {container_id!r}",
+            doing=doing,
             deadline=deadline,
         )
         if signal == signals.SIGKILL and process.id == INIT_PROCESS_NAME and container.is_paused():
@@ -566,18 +576,18 @@ class Client:
         for side in (width, height):
             if not 0 <= side < 1 << 16:
                 raise InvalidParameterError(f"a terminal's width and height are 0 to 65535, not {side!r}")
-        process = self._containers.get(container_id).require_process(process_id)
+        deadline = self._deadline(timeout)
+        doing = f"resize the terminal of {process_id!r} in container {container_id!r}"
+        process = self._containers.get(container_id, doing).require_process(process_id, doing)
         if process.exit is not None:
-            raise FailedPreconditionError(
-                f"cannot resize the terminal of {process_id!r} in container {container_id!r}: the process has ended"
-            )
+            raise FailedPreconditionError(f"cannot {doing}: the process has ended")
         self._connection.call(
             self._connection.tasks.ResizePty,
             tasks_pb2.ResizePtyRequest(
                 container_id=container_id, exec_id=process.exec_id, width=width, height=height
             ),
-            doing=f"resize the terminal of {process_id!r} in container {container_id!r}",
-            deadline=self._deadline(timeout),
+            doing=doing,
+            deadline=deadline,
         )
 
     def close_stdin(self, container_id: str, process_id: str, *, timeout: float | None = None) -> None:
@@ -589,8 +599,9 @@ class Client:
             NotFoundError: no such container or exec, or the container is not running.
         """
         deadline = self._deadline(timeout)
-        container = self._containers.get(container_id)
-        process = container.require_process(process_id)
+        doing = f"close the stdin of {process_id!r} in container {container_id!r}"
+        container = self._containers.get(container_id, doing)
+        process = container.require_process(process_id, doing)
         stdin = (
             None
             if process.attached is None or process.attached.direct is None
@@ -665,7 +676,8 @@ class Client:
             NotFoundError: no such container, or it is not running.
         """
         processes = self._list_pids(container_id, timeout)
-        init = self._containers.get(container_id).require_task().pid
+        doing = f"list the processes of container {container_id!r}"
+        init = self._containers.get(container_id, doing).require_task(doing).pid
         return [Summary(info.pid, _process_name(info, init)) for info in processes]
 
     def _list_pids(self, container_id: str, timeout: float | None) -> list[task_pb2.ProcessInfo]:
@@ -687,10 +699,9 @@ class Client:
         timeout: float | None,
     ) -> _Response:
         deadline = self._deadline(timeout)
-        self._containers.get(container_id).require_task()
-        return self._connection.call(
-            method, request, doing=f"{verb} container {container_id!r}", deadline=deadline
-        )
+        doing = f"{verb} container {container_id!r}"
+        self._containers.get(container_id, doing).require_task(doing)
+        return self._connection.call(method, request, doing=doing, deadline=deadline)
 
     # ------------------------------------------------------------------------------------------------ their ends
 
@@ -713,7 +724,7 @@ class Client:
         if container is None:
             raise NotFoundError(f"cannot {doing}: no such container")
         try:
-            process = container.require_process(process_id)
+            process = container.require_process(process_id, doing)
         except NotFoundError:
             if (status := container.last_exit(process_id)) is not None:
                 return status
@@ -744,14 +755,14 @@ class Client:
         """
         deadline = self._deadline(timeout)
         try:
-            container = self._containers.get(container_id)
-            return self._delete_task(container, container.require_task(), deadline)
+            doing = f"delete the task of container {container_id!r}"
+            container = self._containers.get(container_id, doing)
+            return self._delete_task(container, container.require_task(doing), doing, deadline)
         except LibcontainerdError as error:
             self._log.warning("task_not_deleted", container=container_id, error=str(error))
             return ExitStatus(255, datetime.now(UTC), error)
 
-    def _delete_task(self, container: Container, task: Process, deadline: Deadline) -> ExitStatus:
-        doing = f"delete the task of container {container.id!r}"
+    def _delete_task(self, container: Container, task: Process, doing: str, deadline: Deadline) -> ExitStatus:
         if not container.claim_removal(task, _finite(deadline.remaining())):
             if task.exit is not None and container.is_gone(task):
                 return task.exit
@@ -828,21 +839,24 @@ class Client:
             first = not self._closing.is_set()
             self._closing.set()
         if not first:
-            self._closed.wait(left())
+            if not self._delivery.runs_caller():
+                self._closed.wait(left())
             return
         _live_clients.discard(self)
-        self._subscriber.close(left())
+        self._subscriber.stop()
         self._delivery.close(left())
         self._background.close(left() / 2)
         self._cut.set()
         for container in self._containers.all():
-            for attached in container.attached():
+            # A start that is under way is undone by its own thread; until then the shim waits for a reader.
+            for attached in container.attached_and_started():
                 attached.abandon()
             container.wake()
         self._delivery.shut_leftovers()
         self._connection.close()
         self._shelter.close()
         self._background.close(left())
+        self._subscriber.join(left())
         self._closed.set()
 
     def _deadline(self, timeout: float | None) -> Deadline:

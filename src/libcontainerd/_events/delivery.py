@@ -69,6 +69,10 @@ class Delivery:
         self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
         self._log = _log.bind(namespace=connection.namespace)
 
+    def runs_caller(self) -> bool:
+        """Whether the calling thread is delivering an event."""
+        return self._queue.runs_caller()
+
     def close(self, timeout: float) -> None:
         """Take no more events, and let those that are queued finish until the timeout (seconds)."""
         self._closing.set()
@@ -233,7 +237,11 @@ class Delivery:
 
     def drain(self, container: Container, processes: list[Attached], limit: float) -> bool:
         """Let the readers of output come to the end within a limit (seconds), and say whether they have."""
-        drained = drain([each.direct for each in processes if each.direct is not None], limit=limit)
+        drained = drain(
+            [each.direct for each in processes if each.direct is not None],
+            limit=limit,
+            hurry=self._closing.is_set,
+        )
         if not drained:
             self._log.warning("output_left_unread", container=container.id)
         return drained

@@ -350,6 +350,11 @@ class SerialQueue:
             self._report_backlog(key, waiting)
         return True
 
+    def runs_caller(self) -> bool:
+        """Whether the calling thread is one of the queue's, so that waiting for the queue would be waiting for itself."""
+        with self._section:
+            return threading.get_ident() in self._by_thread
+
     def close(self, timeout: float) -> int:
         """Refuse further items, let the queued ones run until the timeout, then drop the rest.
 

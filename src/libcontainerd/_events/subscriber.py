@@ -88,30 +88,32 @@ class Subscriber:
         """Start reading, and return once the subscription is proven.
 
         Raises:
-            LibcontainerdError: containerd refuses, or is not there in time. Nothing runs any more then.
+            LibcontainerdError: containerd refuses, or is not there in time. `stop` is still to be called.
         """
         self._reader.start()
-        try:
-            self._prove(deadline)
-        except BaseException:
-            self.close()
-            raise
+        self._prove(deadline)
 
     @property
     def live(self) -> bool:
         """Whether the subscription is proven and not interrupted."""
         return self._live.is_set()
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Stop reading; idempotent. False when a thread is still at work on an event after the timeout (seconds)."""
+    def stop(self) -> None:
+        """Hand on no more events. The stream itself ends when its channel is closed; idempotent.
+
+        It is not cancelled: grpcio keeps the connection of a single-threaded stream that was cancelled before its channel
+        was closed (seen with 1.85: a socket is left for each).
+        """
         self._closed.set()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads to end, after `stop` and the end of the channel; False when the time (seconds) is up."""
+        deadline = Deadline(max(timeout, 0.001))
         with self._lock:
-            call, threads = self._call, [self._reader, *filter(None, [self._prover])]
-        if call is not None:
-            call.cancel()
+            threads = [self._reader, *filter(None, [self._prover])]
         for thread in threads:
             if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join(min(deadline.remaining(), threading.TIMEOUT_MAX))
         return not any(thread.is_alive() for thread in threads)
 
     def _run(self) -> None:

@@ -103,9 +103,9 @@ class DirectIO:
 
         The process's input ends as if its owner had closed stdin; reads of the outputs return ``b""``.
         """
+        self.cancel()
         if self.stdin is not None:
             self.stdin.close()
-        self.cancel()
         for stream in self.outputs:
             stream.shut()
 
@@ -145,12 +145,20 @@ class DirectIO:
             stream.shut()
 
 
-def drain(ios: Iterable[DirectIO], *, limit: float, stall: float = 5.0, idle: float = 0.3) -> bool:
+def drain(
+    ios: Iterable[DirectIO],
+    *,
+    limit: float,
+    hurry: Callable[[], bool] = lambda: False,
+    stall: float = 5.0,
+    idle: float = 0.3,
+) -> bool:
     """Wait until the readers have come to the end of all outputs, as long as they go on reading.
 
     Args:
         ios: The processes' IO.
         limit: Seconds after which nothing is waited for any more.
+        hurry: Says whether somebody waits for this to end; then `idle` is as long as `stall`.
         stall: Seconds without a byte taken after which a reader is thought to be stuck, and no longer waited for.
         idle: Seconds after which a FIFO that is empty, but has a writer still, counts as read: the shim moves what it
             has at once, so only a process that was left behind in the background can hold it open.
@@ -171,7 +179,7 @@ def drain(ios: Iterable[DirectIO], *, limit: float, stall: float = 5.0, idle: fl
                 del waiting[stream]
             elif (taken, unread) != (stream.taken, pending):
                 waiting[stream] = stream.taken, pending, now
-            elif now - since >= stall:
+            elif now - since >= (idle if hurry() else stall):
                 del waiting[stream]
                 complete = False
         if not waiting or now >= deadline:

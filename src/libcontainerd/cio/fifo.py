@@ -468,21 +468,25 @@ class InputStream(io.RawIOBase):
         written = 0
         while True:
             self._check()
-            with self._end.use() as fd:
-                try:
-                    written += os.write(fd, view[written:])
-                except BlockingIOError:
-                    self._end.poll(select.POLLOUT, None)
+            try:
+                with self._end.use() as fd:
+                    try:
+                        written += os.write(fd, view[written:])
+                    except BlockingIOError:
+                        self._end.poll(select.POLLOUT, None)
+            except ValueError:  # closed between the look and the use
+                self._check()
+                raise
             if written == len(view):
                 return written
 
     def _check(self) -> None:
+        if self._gate is _Gate.SHUT and not self.closed:
+            raise BrokenPipeError(errno.EPIPE, "the process has ended", self.path)
+        if self._cancelled and self._gate is not _Gate.SHUT:
+            raise OSError(errno.ECANCELED, "the library has given the stream up", self.path)
         if self.closed:
             raise ValueError(f"I/O operation on closed FIFO {self.path}")
-        if self._gate is _Gate.SHUT:
-            raise BrokenPipeError(errno.EPIPE, "the process has ended", self.path)
-        if self._cancelled:
-            raise OSError(errno.ECANCELED, "the library has given the stream up", self.path)
 
     def close(self) -> None:
         """Let the process's input end after what has been written; idempotent, and back at once."""

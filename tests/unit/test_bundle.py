@@ -173,6 +173,27 @@ def test_containers_come_and_go_beside_each_other(state: Path) -> None:
     assert tree(state.parent) == []
 
 
+@pytest.mark.parametrize("owned_by", [ROOT, MAPPED])
+def test_a_bundle_that_somebody_took_away_is_made_again(state: Path, owned_by: tuple[int, int]) -> None:
+    bundle = Bundle.prepare(str(state / "deep"), "web", owned_by)
+    modes = [mode(each) for each in bundle.made]
+    bundle.ensure()
+    for each in reversed(bundle.made):
+        os.rmdir(each)
+    bundle.ensure()
+    assert [mode(each) for each in bundle.made] == modes
+    if owned_by == MAPPED:
+        assert {owner(each) for each in bundle.made} == {MAPPED}
+
+
+def test_a_bundle_that_cannot_be_made_again_is_said(state: Path) -> None:
+    bundle = Bundle.prepare(str(state), "web", ROOT)
+    bundle.undo()
+    state.write_bytes(b"somebody's")
+    with pytest.raises(SystemFailureError, match="cannot make the bundle directory"):
+        bundle.ensure()
+
+
 # --------------------------------------------------------------------------------------------------------------- refused
 
 

@@ -301,6 +301,57 @@ def test_an_undoing_that_fails_is_logged_and_the_first_error_told(client: Client
     assert "broken" in log["error"]
 
 
+# ---------------------------------------------------------------------------------------------------------------- replace
+
+
+def test_replace_makes_what_is_not_there(client: Client, server: Scripted) -> None:
+    client.replace("web", SPEC, labels={"a": "b"})
+    assert server.containers["web"].labels["a"] == "b"
+    assert server.called("Containers.Delete") == []
+
+
+def test_replace_clears_away_a_running_container_of_ours(
+    client: Client, server: Scripted, backend: Recorder
+) -> None:
+    first = started(client)
+    client.replace("web", SPEC, labels={"a": "b"})
+    assert backend.wait_for_exit() == 137
+    assert server.containers["web"].labels["a"] == "b"
+    assert server.processes == {}
+    assert client.start("web") != first
+
+
+@pytest.mark.parametrize("status", [None, task_pb2.Status.RUNNING, task_pb2.Status.STOPPED])
+def test_replace_clears_away_what_an_earlier_program_left(
+    client: Client, server: Scripted, status: int | None
+) -> None:
+    server.containers["web"] = containers_pb2.Container(id="web", labels={"whose": "an earlier one's"})
+    if status is not None:
+        server.processes["web", ""] = Process(77, status)
+    client.replace("web", SPEC)
+    assert "whose" not in server.containers["web"].labels
+    assert client.start("web") > 0
+
+
+def test_a_bad_replacement_leaves_the_old_one(client: Client, server: Scripted) -> None:
+    started(client)
+    with pytest.raises(InvalidParameterError):
+        client.replace("web", SPEC, {"nope": 1})
+    assert client.status("web") is Status.RUNNING
+
+
+def test_a_replacement_whose_time_is_up_says_so(client: Client) -> None:
+    with pytest.raises(DeadlineExceededError):
+        client.replace("web", SPEC, timeout=1e-9)
+
+
+def test_what_cannot_be_cleared_away_is_said(client: Client, server: Scripted) -> None:
+    started(client)
+    server.script("Tasks.Delete", fail(INTERNAL, "broken"))
+    with pytest.raises(SystemFailureError, match="broken"):
+        client.replace("web", SPEC)
+
+
 # ------------------------------------------------------------------------------------------------------------------ start
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libcontainerd import oci
-from libcontainerd._runtime import mapped_root, read_runtime_options, task_options
+from libcontainerd._bundle import BUNDLE_LABEL
+from libcontainerd._runtime import check_labels, mapped_root, read_runtime_options, task_options
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb import wellknown_pb2
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
@@ -128,6 +129,31 @@ def test_a_ramdisk_cannot_be_pivoted_from(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_containers_no_pivot_root_stays() -> None:
     assert told(Options(no_pivot_root=True), (5, 6)) == Options(no_pivot_root=True, io_uid=5, io_gid=6)
+
+
+# ----------------------------------------------------------------------------------------------------------------- labels
+
+
+@given(key=st.text(max_size=3), value=st.text(max_size=3), pad=st.integers(4080, 4100))
+def test_a_labels_size_is_counted_in_bytes(key: str, value: str, pad: int) -> None:
+    label = {key + "k" * pad: value}
+    try:
+        size = len((key + value).encode()) + pad
+    except UnicodeEncodeError:
+        size = 9999
+    if size <= 4096:
+        check_labels(label)
+    else:
+        with pytest.raises(InvalidParameterError, match="label "):
+            check_labels(label)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"": "x"}, {BUNDLE_LABEL: "/x"}, {"a": 5}, {5: "a"}, {"a": None}, {"\ud800": "x"}]
+)
+def test_labels_that_containerd_would_refuse_are_refused(labels: dict[str, str]) -> None:
+    with pytest.raises(InvalidParameterError, match="label"):
+        check_labels(labels)
 
 
 # ---------------------------------------------------------------------------------------------------------- a mapped root

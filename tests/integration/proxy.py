@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 import threading
 from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 
 class Proxy:
     """A socket before containerd's, whose connections a test can cut or let hang. For use in a `with`."""
 
-    def __init__(self, upstream: str, path: Path) -> None:
-        self.path = str(path)
+    def __init__(self, upstream: str) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="lcp-")
+        self.path = os.path.join(self._directory.name, "sock")
         self._upstream = upstream
         self._lock = threading.Lock()  # guards the two below
         self._broken = False
@@ -37,6 +39,7 @@ class Proxy:
             thread.join(10)
             assert not thread.is_alive()
         self._listener.close()
+        self._directory.cleanup()
 
     def cut(self, *, stay_broken: bool = False) -> None:
         """Break every connection; and let none last until the next cut."""

@@ -18,7 +18,16 @@ from pathlib import Path
 import grpc
 import pytest
 
-from libcontainerd import CallCancelledError, Client, ExitStatus, Remote, cio, oci
+from libcontainerd import (
+    CallCancelledError,
+    Client,
+    DeadlineExceededError,
+    ExitStatus,
+    Remote,
+    UnavailableError,
+    cio,
+    oci,
+)
 from libcontainerd._wire.pb.services import tasks_pb2
 from libcontainerd._wire.pb.types.task_pb2 import Status as TaskStatus
 from libcontainerd.backends import CallbackBackend, RecordingBackend
@@ -26,6 +35,7 @@ from libcontainerd.types import Backend, EventInfo, EventType
 from tests import leaks
 from tests.conftest import Count
 from tests.integration.containers import Collected, MakeSpec, Raw, bundle_of, process, shims_of, wait_until
+from tests.integration.proxy import Proxy
 
 PROMPT = 3.0
 """Seconds that a close with nothing to wait for may take on a busy machine."""
@@ -212,6 +222,29 @@ def test_a_start_that_close_cuts_short_is_undone_in_containerd(
     assert held.stdout.read(1) == b""
     with pytest.raises((OSError, ValueError)):
         held.stdin.write(b"nobody reads this")
+
+
+@pytest.mark.parametrize("state", ["refused", "hung", "hung after a break"])
+def test_close_while_the_connection_is_down(
+    remote: Remote, raw: Raw, spec: MakeSpec, tmp_path: Path, state: str
+) -> None:
+    with leaks.no_leaks(), Proxy(remote.address) as proxy, ThreadPoolExecutor(1) as executor:
+        client = Client(proxy.path, namespace=raw.metadata[0][1], state_dir=tmp_path / "bundles")
+        start(client, spec, "sleep", "1000")
+        waiting = executor.submit(client.wait, "c")
+        if state == "refused":
+            proxy.cut(stay_broken=True)
+        else:
+            proxy.hold()
+            if state == "hung after a break":
+                proxy.cut()
+        with pytest.raises((UnavailableError, DeadlineExceededError)):
+            client.status("c", timeout=0.5)
+        with prompt():
+            client.close()
+        assert isinstance(waiting.exception(PROMPT), CallCancelledError)
+    assert is_running(raw)
+    raw.remove_everything()
 
 
 # ------------------------------------------------------------------------------------------------------------- FIFOs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -423,7 +422,7 @@ def test_of_two_clients_that_create_the_same_id_one_wins_unharmed(
 
 def test_two_who_delete_one_task_get_the_same_status(client: Client, spec: MakeSpec, count: Count) -> None:
     client.create("c", spec("sh", "-c", "echo unread; exit 9"))
-    for _ in range(count(50, 5)):
+    for _ in range(count(25, 5)):
         held = Held()
         client.start("c", attach_stdio=held)
         assert client.wait("c").code == 9
@@ -533,7 +532,7 @@ def test_a_backend_can_run_the_next_container_of_the_same_id(
     new_client: NewClient, spec: MakeSpec, raw: Raw, count: Count, where: str
 ) -> None:
     ids = [f"c{number}" for number in range(4)]
-    generations = count(50, 5)
+    generations = count(25, 5)
     with pool() as executor:
         near = where == "in process_event"
         backend = Reviver(spec, generations) if near else DistantReviver(spec, generations, executor)
@@ -603,7 +602,7 @@ def test_every_verb_can_be_called_while_an_event_of_the_same_container_is_delive
 def test_the_id_of_an_ended_exec_can_be_used_again(
     client: Client, backend: RecordingBackend, spec: MakeSpec, count: Count
 ) -> None:
-    number = count(200, 10)
+    number = count(100, 10)
     with running(client, "c", spec("sleep", "1000")):
         for each in range(number):
             assert run_exec(client, "c", "e", "sh", "-c", f"exit {each}").status.code == each
@@ -617,7 +616,7 @@ def test_an_exec_that_races_with_its_containers_end_is_told_or_refused(
     client: Client, backend: RecordingBackend, spec: MakeSpec, raw: Raw, count: Count
 ) -> None:
     refusals: list[LibcontainerdError] = []
-    for each in range(count(100, 10)):
+    for each in range(count(40, 10)):
         container_id, wanted = f"c{each}", each % 5
         init, begun = Held(), threading.Semaphore(0)
         client.create(container_id, spec("sh", "-c", "read line; exit 7"))
@@ -710,15 +709,14 @@ def test_the_death_of_a_shim_is_told_as_one_exit_of_every_process(
                 held.stdin.write(b"nobody reads this")
 
     with pool(8) as executor:
-        list(executor.map(end, [f"c{number}" for number in range(count(40, 4))]))
+        list(executor.map(end, [f"c{number}" for number in range(count(24, 4))]))
 
 
 @pytest.fixture
 def proxy(remote: Remote) -> Iterator[Proxy]:
     """What the proxied client's connection goes through."""
-    with tempfile.TemporaryDirectory(prefix="lcp-") as directory:
-        with Proxy(remote.address, Path(directory, "sock")) as made:
-            yield made
+    with Proxy(remote.address) as made:
+        yield made
 
 
 @pytest.fixture

@@ -453,6 +453,23 @@ def test_a_task_made_past_us_is_a_conflict_and_stays(client: Client, raw: Raw, s
     client.delete("c")
 
 
+def test_a_task_made_past_us_while_we_start_is_a_conflict_and_stays(
+    client: Client, backend: RecordingBackend, raw: Raw, spec: MakeSpec
+) -> None:
+    """Its events come while our own start is under way, and must not be taken for ours."""
+
+    def attach(dio: cio.DirectIO) -> cio.IO:
+        raw.create_task("c")
+        backend.wait_for(EventType.CREATE, "c")
+        return dio
+
+    client.create("c", spec(*SLEEP))
+    with pytest.raises(ConflictError, match="'c'"):
+        client.start("c", attach_stdio=attach)
+    assert not list(bundle_of(raw, "c").iterdir())
+    assert raw.process("c") is not None
+
+
 def stopped(raw: Raw, container_id: str) -> bool:
     found = raw.process(container_id)
     return found is not None and found.status == task_pb2.Status.STOPPED

@@ -24,6 +24,7 @@ from tests.unit.beside import Beside, race
 
 WHEN = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 FACTS = SpecFacts(terminal=False, owner=(0, 0), options=None)
+DOING = "look at it"
 FIFTH = ExitStatus(5, WHEN)
 
 
@@ -108,15 +109,15 @@ def test_a_container_has_no_task_until_containerd_made_it() -> None:
     container = made()
     for _ in range(2):
         with pytest.raises(NotFoundError, match="container is not running"):
-            container.require_task()
+            container.require_task(DOING)
         with pytest.raises(NotFoundError, match="container is not running"):
-            container.require_process("e")
+            container.require_process("e", DOING)
         if container.task is None:
             container.reserve_task()
     task = container.process_of("web")
     assert task is not None
     container.advance(task, Step.CREATE, 7)
-    assert container.require_task() is container.require_process("init") is task
+    assert container.require_task(DOING) is container.require_process("init", DOING) is task
     assert task.pid == 7
 
 
@@ -124,12 +125,12 @@ def test_processes_are_found_by_name() -> None:
     container = made()
     task, process = running_task(container), running_exec(container)
 
-    assert container.require_process("e") is process
+    assert container.require_process("e", DOING) is process
     assert container.process_of("e") is process
     assert container.process_of("web") is container.process_of("") is task
     assert container.process_of("none") is None
-    with pytest.raises(NotFoundError, match="no such exec 'none'"):
-        container.require_process("none")
+    with pytest.raises(NotFoundError, match="cannot look at it: no such exec"):
+        container.require_process("none", DOING)
     assert container.running() == [task, process]
     assert container.running_execs() == [process]
 
@@ -167,7 +168,7 @@ def test_a_container_has_one_task() -> None:
     outcomes = race(*[container.reserve_task] * 6)
     (task,) = [each for each in outcomes if isinstance(each, Process)]
     assert [str(each) for each in outcomes if each is not task] == [
-        "container 'web': container already started"
+        "cannot start container 'web': container already started"
     ] * 5
     container.forget(task)
     assert container.reserve_task() is not task
@@ -216,7 +217,7 @@ def test_forgetting_an_earlier_run_leaves_the_later_one() -> None:
     container.forget(first)
     second = running_exec(container, pid=201)
     container.forget(first)
-    assert container.require_process("e") is second
+    assert container.require_process("e", DOING) is second
     assert container.is_gone(first)
     assert not container.is_gone(second)
 
@@ -385,7 +386,7 @@ def test_out_of_memory_is_of_one_run() -> None:
         told = container.apply(event, info)
         assert told == replace(info, oom_killed=True)
 
-    container.forget(container.require_task())
+    container.forget(container.require_task(DOING))
     again = container.reserve_task()
     container.advance(again, Step.CREATE, 101)
     told = container.apply(EventType.START, EventInfo("web", "web", 101))
@@ -420,6 +421,19 @@ def test_events_about_nothing_change_nothing() -> None:
         info = EventInfo("web", "web", 5)
         assert container.apply(event, info) == info
     assert container.task is None
+
+
+def test_the_io_of_what_is_just_being_started_is_told_apart() -> None:
+    container = made()
+    task = container.reserve_task()
+    attached = Attached(null_io)
+    container.attach(task, attached)
+    found = []
+    for step in (Step.CREATE, Step.START):
+        found.append(container.attached_and_started())
+        container.advance(task, step, 1)
+    found.append(container.attached_and_started())
+    assert found == [[], [], [attached]]
 
 
 def test_every_attached_io_is_found() -> None:
@@ -526,7 +540,7 @@ def test_an_id_is_reserved_by_one() -> None:
     assert sum(isinstance(each, ConflictError) for each in outcomes) == 7
     assert containers.find("web") is container
     with pytest.raises(NotFoundError, match="no such container"):
-        containers.get("web")
+        containers.get("web", DOING)
 
     containers.release(container)
     assert containers.find("web") is None
@@ -534,7 +548,7 @@ def test_an_id_is_reserved_by_one() -> None:
     again = containers.reserve("web")
     again.publish(Bundle("/b", (0, 0)), FACTS)
     containers.publish(again)
-    assert containers.get("web") is again
+    assert containers.get("web", DOING) is again
     assert containers.all() == [again]
 
 
@@ -696,7 +710,7 @@ class OneContainer(RuleBasedStateMachine):
             init = run.name == "init"
             info = EventInfo("web", "web" if init else run.name, run.pid)
             told = self.container.apply(EventType.START if init else EventType.EXEC_STARTED, info)
-            assert told == replace(info, oom_killed=self.oom)
+            assert told == replace(info, oom_killed=self.oom and self.current("init") is not None)
 
     @precondition(lambda self: any(run.forgotten and run.process.pid for run in self.runs))
     @rule()

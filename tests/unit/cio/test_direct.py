@@ -123,9 +123,11 @@ def test_close_beside_blocked_calls(shim: Shim) -> None:
     shim.dio.close()
     shim.dio.close()
     assert (out.answer(), err.answer()) == (b"", b"")
-    with pytest.raises(ValueError, match="closed FIFO"):
+    with pytest.raises(OSError, match="given the stream up"):
         write.answer()
     assert shim.dio.stdout.read(1) == b""
+    assert shim.dio.stdin is not None
+    assert shim.dio.stdin.closed
 
 
 def test_close_ends_the_input_of_a_process_that_is_there(shim: Shim) -> None:
@@ -254,6 +256,14 @@ def test_a_byte_now_and_then_is_no_stall(shim: Shim) -> None:
     complete, seconds = draining.answer()
     assert complete
     assert seconds > 1.0
+
+
+def test_somebody_who_waits_makes_it_hurry(shim: Shim) -> None:
+    fd = shim.open("stdout")
+    write_all(fd, b"unread")
+    begin = time.monotonic()
+    assert not drain([shim.dio], limit=LONG, stall=LONG, idle=0.1, hurry=lambda: True)
+    assert time.monotonic() - begin < LONG
 
 
 def test_the_limit_ends_it_whatever_is_taken(shim: Shim) -> None:

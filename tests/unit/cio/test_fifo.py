@@ -940,11 +940,11 @@ def test_stdins_steps_may_come_in_any_order(steps: list[str]) -> None:
 
 
 def _error_after(done: list[str]) -> type[Exception] | None:
-    if "close" in done:
-        return ValueError
     if "ended" in done:
-        return BrokenPipeError
-    return OSError if "cancel" in done or "shut" in done else None
+        return ValueError if "close" in done else BrokenPipeError
+    if "cancel" in done or "shut" in done:
+        return OSError
+    return ValueError if "close" in done else None
 
 
 def _asked_for_the_end(done: list[str]) -> int:

@@ -68,8 +68,9 @@ class Watch:
         return [each.topic for each in list(self.received)]
 
     def close(self) -> None:
-        assert self.subscriber.close(DEADLINE)
+        self.subscriber.stop()
         self.connection.close()
+        assert self.subscriber.join(DEADLINE)
 
 
 @pytest.fixture
@@ -134,14 +135,15 @@ def test_a_containerd_that_is_not_ready_is_given_its_time(server: Scripted, watc
 
 
 def refused(watch: Watch, kind: type[LibcontainerdError], said: str, seconds: float = DEADLINE) -> float:
-    """Check that `open` fails and leaves no thread; say how long it took."""
+    """Check that `open` fails, and that no thread stays; say how long it took."""
     begin = time.monotonic()
     with pytest.raises(kind, match=said) as caught:
         watch.open(seconds)
     took = time.monotonic() - begin
     assert type(caught.value) is kind
-    assert not [each for each in threading.enumerate() if each.name.startswith("libcontainerd-events")]
     assert not watch.subscriber.live
+    watch.close()
+    assert not [each for each in threading.enumerate() if each.name.startswith("libcontainerd-events")]
     return took
 
 
@@ -149,7 +151,6 @@ def test_a_server_without_events_is_refused_at_once() -> None:
     with Scripted(services=("tasks",)) as server:
         watch = Watch(server)
         assert refused(watch, NotImplementedByServerError, "is this containerd's socket") < DEADLINE / 2
-        watch.close()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_close_beside_open(server: Scripted, watch: Watch) -> None:
     server.script(PUBLISH, *[swallow] * 100)
     opening = Beside(watch.open)
     server.wait_for(PUBLISH, 2)
-    assert watch.subscriber.close(DEADLINE)
+    watch.subscriber.stop()
     with pytest.raises(CallCancelledError, match="the client is closed"):
         opening.answer()
 
@@ -296,58 +297,64 @@ def test_a_subscription_that_lived_begins_with_the_shortest_pause(server: Script
 # ---------------------------------------------------------------------------------------------------------------- closing
 
 
-def test_close_is_prompt_and_idempotent(server: Scripted, watch: Watch) -> None:
+def test_a_stop_is_prompt_and_idempotent(server: Scripted, watch: Watch) -> None:
     watch.open()
     begin = time.monotonic()
-    assert watch.subscriber.close(DEADLINE)
-    assert watch.subscriber.close(DEADLINE)
-    assert time.monotonic() - begin < 2.0
+    watch.subscriber.stop()
+    watch.subscriber.stop()
     tell(server, "late")
+    watch.close()
+    watch.close()
+    assert time.monotonic() - begin < 2.0
     assert watch.received == []
 
 
-def test_close_in_a_gap(server: Scripted, watch: Watch) -> None:
+def test_a_stop_in_a_gap(server: Scripted, watch: Watch) -> None:
     watch.open()
     server.stop()
     eventually(lambda: not watch.subscriber.live, "the gap")
     begin = time.monotonic()
-    assert watch.subscriber.close(DEADLINE)
+    watch.close()
     assert time.monotonic() - begin < 4.0
     assert watch.resumed == 0
 
 
-def test_close_before_open(watch: Watch) -> None:
-    assert watch.subscriber.close(DEADLINE)
+def test_a_stop_before_it_is_open(watch: Watch) -> None:
+    watch.close()
 
 
-def test_close_from_inside_an_event(server: Scripted, watch: Watch) -> None:
-    closed = threading.Event()
+def test_a_stop_from_inside_an_event(server: Scripted, watch: Watch) -> None:
+    left: list[bool] = []
 
     def close(_: Envelope) -> None:
-        watch.subscriber.close(DEADLINE)
-        closed.set()
+        watch.subscriber.stop()
+        watch.connection.close()
+        left.append(watch.subscriber.join(DEADLINE))
 
     watch.on_event = close
     watch.open()
     tell(server, "last")
-    assert closed.wait(DEADLINE)
-    assert watch.subscriber.close(DEADLINE)
+    eventually(lambda: left, "the return of a thread that does not wait for itself")
+    assert left == [False], "it is that thread which is still at work"
+    watch.close()
 
 
-def test_close_from_inside_the_catching_up(server: Scripted, watch: Watch) -> None:
-    closed = threading.Event()
+def test_a_stop_from_inside_the_catching_up(server: Scripted, watch: Watch) -> None:
+    stopped = threading.Event()
 
     def close() -> None:
-        watch.subscriber.close(DEADLINE)
-        closed.set()
+        watch.subscriber.stop()
+        watch.connection.close()
+        watch.subscriber.join(DEADLINE)
+        stopped.set()
 
     watch.on_live = close
     watch.open()
     server.end_streams()
-    assert closed.wait(DEADLINE)
+    assert stopped.wait(DEADLINE)
 
 
-def test_close_says_when_an_event_is_still_worked_on(server: Scripted, watch: Watch) -> None:
+def test_join_says_when_an_event_is_still_worked_on(server: Scripted, watch: Watch) -> None:
     busy, go = threading.Event(), threading.Event()
 
     def block(_: Envelope) -> None:
@@ -358,9 +365,11 @@ def test_close_says_when_an_event_is_still_worked_on(server: Scripted, watch: Wa
     watch.open()
     tell(server, "slow")
     assert busy.wait(DEADLINE)
-    assert not watch.subscriber.close(0.05)
+    watch.subscriber.stop()
+    watch.connection.close()
+    assert not watch.subscriber.join(0.05)
     go.set()
-    assert watch.subscriber.close(DEADLINE)
+    assert watch.subscriber.join(DEADLINE)
 
 
 def test_an_event_that_fails_is_logged_and_the_next_is_handed_on(server: Scripted, watch: Watch) -> None:

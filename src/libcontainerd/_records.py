@@ -88,6 +88,7 @@ class Process:
 
     Attributes:
         id: ``"init"`` or the exec's id.
+        answered: containerd has answered us that it was made. An event says that one was, and it may be another's.
         pid: In the host's pid namespace; 0 until it is known.
         exit: How it ended, once that is known.
         reported: Its exit has been handed to the backend's queue.
@@ -96,10 +97,11 @@ class Process:
         attached: Its IO.
     """
 
-    __slots__ = ("attached", "deleting", "exit", "id", "oom_killed", "pid", "reported", "state")
+    __slots__ = ("answered", "attached", "deleting", "exit", "id", "oom_killed", "pid", "reported", "state")
 
     def __init__(self, process_id: str) -> None:
         self.id = process_id
+        self.answered = False
         self.state = State.RESERVED
         self.pid = 0
         self.exit: ExitStatus | None = None
@@ -305,6 +307,7 @@ class Container:
     def advance(self, process: Process, step: Step, pid: int = 0) -> None:
         """Note that a verb succeeded."""
         with self.changed:
+            process.answered = True
             process.pid = pid or process.pid
             process.advance(step)
             self.changed.notify_all()
@@ -364,6 +367,11 @@ class Container:
         """Whether the process may not be in containerd yet."""
         with self.changed:
             return process.state is State.RESERVED
+
+    def is_ours(self, process: Process) -> bool:
+        """Whether containerd has answered us that it made the process."""
+        with self.changed:
+            return process.answered
 
     def is_gone(self, process: Process) -> bool:
         """Whether the process is no longer in containerd, or never was."""

@@ -526,7 +526,7 @@ class Client:
                 yield calls, process
             except BaseException as error:
                 # What was never asked for is not there; what somebody else has under that name is not ours to remove.
-                unmade = isinstance(error, ConflictError | NotSentError) and container.is_reserved(process)
+                unmade = isinstance(error, ConflictError | NotSentError) and not container.is_ours(process)
                 if process.attached is not None and not unmade:
                     cleanup.remove_process(calls, container, process)
                 if process.attached is not None:

@@ -321,11 +321,12 @@ class Client:
         """
         deadline = self._deadline(timeout)
         create = partial(self.create, container_id, spec, runtime_options, runtime=runtime, labels=labels)
+        doing = f"replace container {container_id!r}"
         with suppress(ConflictError):
-            create(timeout=deadline.remaining())
+            create(timeout=_left(deadline, doing))
             return
         self._clear(container_id, deadline)
-        create(timeout=deadline.remaining())
+        create(timeout=_left(deadline, doing))
 
     def _clear(self, container_id: str, deadline: Deadline) -> None:
         """Remove a container of that id, ours or one that only containerd knows, with its task."""
@@ -352,12 +353,12 @@ class Client:
         with suppress(NotFoundError):
             container.require_task(doing)
             with suppress(NotFoundError):
-                self.signal_process(name, INIT_PROCESS_NAME, signals.SIGKILL, timeout=deadline.remaining())
-            self.wait(name, timeout=deadline.remaining())
-            ended = self.delete_task(name, timeout=deadline.remaining())
+                self.signal_process(name, INIT_PROCESS_NAME, signals.SIGKILL, timeout=_left(deadline, doing))
+            self.wait(name, timeout=_left(deadline, doing))
+            ended = self.delete_task(name, timeout=_left(deadline, doing))
             if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
                 raise ended.error
-        self.delete(name, timeout=deadline.remaining())
+        self.delete(name, timeout=_left(deadline, doing))
 
     # ------------------------------------------------------------------------------------------- starting processes
 
@@ -888,6 +889,14 @@ def _refused_when_ended(container: Container) -> Iterator[None]:
         if container.is_paused():
             raise
         raise InvalidParameterError(f"{error}: container is not running") from error
+
+
+def _left(deadline: Deadline, doing: str) -> float:
+    """The timeout of one step out of several."""
+    seconds = deadline.remaining()
+    if seconds <= 0:
+        raise DeadlineExceededError(f"cannot {doing}: the deadline has passed")
+    return seconds
 
 
 def _finite(seconds: float) -> float:

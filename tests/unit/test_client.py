@@ -62,6 +62,10 @@ class Recorder:
         self.events.append((event, info))
         self.then(event, info)
 
+    def last(self) -> EventType | None:
+        """Return the last event's type."""
+        return self.events[-1][0] if self.events else None
+
     def exits(self, process_id: str = "web") -> list[int]:
         """Return the codes of a process's exits that were told."""
         return [
@@ -459,7 +463,7 @@ def test_the_late_exit_of_a_failed_start_does_not_end_the_next(
         late = task_events.TaskExit(container_id="web", id="web", pid=pid - 1, exit_status=137)
         server.tell("exit", late)
     server.tell("oom", task_events.TaskOOM(container_id="web"))
-    eventually(lambda: backend.events[-1][0] is EventType.OOM, "the event after them")
+    eventually(lambda: backend.last() is EventType.OOM, "the event after them")
     assert backend.exits() in ([], [137]), "the first one's end, if it came before its undoing was over"
     assert client.status("web") is Status.RUNNING
     with pytest.raises(DeadlineExceededError):
@@ -605,7 +609,7 @@ def test_an_exit_that_nobody_told_is_found_out_once(
 
     server.tell_exit("web")
     server.tell("oom", task_events.TaskOOM(container_id="web"))
-    eventually(lambda: backend.events[-1][0] is EventType.OOM, "the event after it")
+    eventually(lambda: backend.last() is EventType.OOM, "the event after it")
     assert backend.exits() == [7], "the late event is the same exit"
 
 
@@ -961,7 +965,7 @@ def test_signals_are_passed_on(client: Client, server: Scripted) -> None:
 def test_a_kill_thaws_what_is_frozen(client: Client, server: Scripted, backend: Recorder) -> None:
     started(client)
     client.pause("web")
-    eventually(lambda: backend.events[-1][0] is EventType.PAUSED, "the pause")
+    eventually(lambda: backend.last() is EventType.PAUSED, "the pause")
     client.signal_process("web", "init", signal.SIGKILL)
     assert len(server.called("Tasks.Resume")) == 1
     assert backend.wait_for_exit() == 137
@@ -970,7 +974,7 @@ def test_a_kill_thaws_what_is_frozen(client: Client, server: Scripted, backend: 
 def test_a_kill_is_done_although_the_thaw_failed(client: Client, server: Scripted, backend: Recorder) -> None:
     started(client)
     client.pause("web")
-    eventually(lambda: backend.events[-1][0] is EventType.PAUSED, "the pause")
+    eventually(lambda: backend.last() is EventType.PAUSED, "the pause")
     server.script("Tasks.Resume", fail(UNKNOWN, "no such container"))
     client.signal_process("web", "init", signal.SIGKILL)
     assert server.processes["web", ""].killed
@@ -1029,6 +1033,7 @@ def test_a_stdin_that_cannot_be_closed_in_time(client: Client, server: Scripted)
     with pytest.raises(DeadlineExceededError, match="cannot close the stdin"):
         client.close_stdin("web", "init", timeout=0.05)  # no reader has come
     server.exit("web")
+    client.close_stdin("web", "init")
 
 
 def test_every_verb_says_what_is_not_there(client: Client) -> None:

@@ -422,9 +422,9 @@ def test_a_value_error_of_an_open_connection_is_not_hidden(connection: Connectio
 def test_nothing_is_left_of_a_closed_connection(server: Scripted) -> None:
     ask(connection := connect(server))
     connection.close()
-    with leaks.no_leaks():
+    with leaks.no_leaks(), Scripted() as other:  # whose threads come as they are needed
         for _ in range(5):
-            connection = connect(server)
+            connection = connect(other)
             ask(connection)
             connection.close()
 

@@ -302,7 +302,7 @@ def test_a_stdout_that_nobody_reads_blocks_neither_deletion_nor_close(
     assert full.stdout.read(1) == b""
     raw.remove_everything()
     wait_until(
-        lambda: not [each for each in shims_of(remote.address) if namespace in each], "the shim has ended"
+        lambda: not [shim for shim in shims_of(remote.address) if namespace in shim], "the shim has ended"
     )
 
 

@@ -48,6 +48,7 @@ def copy_output(stream: OutputStream, sink: Sink, name: str) -> Steps:
                 yield from _move(stream, data, outlet)
             while not outlet.flush():
                 yield outlet.room()
+    stream.on_close = None  # an end of its own is no cancellation: `at_end` comes before `wait` returns
     stream.close()
 
 

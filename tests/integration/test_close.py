@@ -286,7 +286,7 @@ def test_close_wakes_readers_and_writers_and_leaves_the_containers_alone(
 
 
 def test_a_stdout_that_nobody_reads_blocks_neither_deletion_nor_close(
-    new_client: NewClient, remote: Remote, namespace: str, raw: Raw, spec: MakeSpec
+    new_client: NewClient, remote: Remote, raw: Raw, spec: MakeSpec
 ) -> None:
     client = new_client(RecordingBackend())
     full = start(client, spec, "yes")
@@ -301,9 +301,7 @@ def test_a_stdout_that_nobody_reads_blocks_neither_deletion_nor_close(
         assert status.code in (137, 255)
     assert full.stdout.read(1) == b""
     raw.remove_everything()
-    wait_until(
-        lambda: not [shim for shim in shims_of(remote.address) if namespace in shim], "the shim has ended"
-    )
+    wait_until(lambda: not shims_of(remote.address), "the shim has ended")
 
 
 # ------------------------------------------------------------------------------------------------- events and backends

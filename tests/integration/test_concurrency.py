@@ -20,6 +20,7 @@ import pytest
 from libcontainerd import (
     Client,
     ConflictError,
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidParameterError,
     LibcontainerdError,
@@ -730,6 +731,15 @@ def proxied(
         raw.remove_everything()
 
 
+def reached(client: Client) -> bool:
+    """Whether a call comes through."""
+    try:
+        client.version(timeout=1)
+    except (UnavailableError, DeadlineExceededError):
+        return False
+    return True
+
+
 def state_of(raw: Raw, container_id: str, exec_id: str = "") -> int | None:
     """A process's state as containerd sees it."""
     found = raw.process(container_id, exec_id)
@@ -817,6 +827,7 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
     finally:
         done.set()
         cutter.join()
+    wait_until(lambda: reached(through), "the connection is back")
     ran = {each for each, code in enumerate(statuses) if code is not None}
     assert cuts > 2
     assert ran

@@ -315,6 +315,8 @@ class Container:
     def note_exit(self, process: Process, status: ExitStatus, pid: int = 0) -> None:
         """Note an exit that a call has brought to light, before or instead of its event."""
         with self.changed:
+            if process.state is State.GONE:
+                return  # its start failed while somebody asked: that it is not there is no exit
             process.pid = process.pid or pid
             self._latch(process, status)
 
@@ -331,7 +333,7 @@ class Container:
             return self._claim_report(process)
 
     def _claim_report(self, process: Process) -> EventInfo | None:
-        if process.reported or process.exit is None:
+        if process.reported or process.exit is None or process.state is State.GONE:
             return None
         process.reported = True
         _remember(self._runs, (process.id, process.pid), None, _EXITS_PER_CONTAINER)

@@ -76,6 +76,7 @@ _DELETE_RESERVE_SECONDS: Final = 15.0
 """What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
 
 _JOIN_SECONDS: Final = 1.0
+_WIND_UP_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
 
 _OUTCOME_UNKNOWN: Final = (UnavailableError, DeadlineExceededError, CallCancelledError)
@@ -848,7 +849,7 @@ class Client:
         _live_clients.discard(self)
         self._subscriber.stop()
         self._delivery.close(left())
-        self._background.close(left() / 2)
+        self._background.close(min(left() / 2, _WIND_UP_SECONDS))
         self._cut.set()
         for container in self._containers.all():
             # A start that is under way is undone by its own thread; until then the shim waits for a reader.

@@ -219,18 +219,18 @@ class Delivery:
             try:
                 with self._shelter.enter(doing) as calls:
                     delete_process(calls, container, process, doing=doing, deadline=deadline)
-            except (UnavailableError, DeadlineExceededError) as error:
-                if deadline.remaining() > 0 and not self._closing.wait(_RETRY_SECONDS):
-                    continue
-                self._log.warning(
-                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
-                )
             except NotFoundError:
                 pass
             except LibcontainerdError as error:
-                self._log.warning(
-                    "exec_not_deleted", container=container.id, exec=process.id, error=str(error)
+                again = (
+                    isinstance(error, UnavailableError | DeadlineExceededError) and deadline.remaining() > 0
                 )
+                if again and not self._closing.wait(_RETRY_SECONDS):
+                    continue
+                if not self._closing.is_set():
+                    self._log.warning(
+                        "exec_not_deleted", container=container.id, exec=process.exec_id, error=str(error)
+                    )
             break
         self.finish(process, drained=drained)
         container.forget(process)

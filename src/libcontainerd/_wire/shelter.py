@@ -139,7 +139,10 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._shelter.leave()
+        if self._under_way is None:
+            self._shelter.leave()
+        else:  # nobody waits for it any more, but the channel stays until it is over
+            self._under_way.add_done_callback(lambda _: self._shelter.leave())
 
     def call(
         self,

@@ -9,7 +9,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self, TypeVar, cast
@@ -44,6 +44,7 @@ from tests.integration.containers import (
     process,
     run_exec,
     running,
+    shims_of,
     stop,
     wait_exec_gone,
     wait_until,
@@ -664,15 +665,9 @@ def shim_of(remote: Remote, namespace: str) -> Callable[[str], int]:
     """Finds the pid of a container's shim."""
 
     def find(container_id: str) -> int:
-        wanted = {each.encode() for each in ("-namespace", namespace, "-id", container_id, remote.address)}
-        found = []
-        for name in filter(str.isdecimal, os.listdir("/proc")):
-            with suppress(OSError):
-                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-                if b"containerd-shim" in words[0] and wanted <= set(words):
-                    found.append(int(name))
-        assert len(found) == 1, found
-        return found[0]
+        wanted = {"-namespace", namespace, "-id", container_id}
+        (pid,) = [pid for pid, line in shims_of(remote.address).items() if wanted <= set(line.split())]
+        return pid
 
     return find
 

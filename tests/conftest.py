@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import settings
 
 from tests import leaks, servers
 
@@ -39,8 +40,11 @@ def _in_ci() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Look for the servers once."""
+    """Look for the servers once, and choose how many examples property-based tests draw."""
     config.stash[_found] = servers.find()
+    settings.register_profile("test", max_examples=30, deadline=None)
+    settings.register_profile("stress", max_examples=300, deadline=None)
+    settings.load_profile("stress" if _stressed() else "test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -787,7 +787,7 @@ class OneContainer(RuleBasedStateMachine):
             assert (self.container.last_exit(name) is not None) is bool(known)
 
 
-OneContainer.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+OneContainer.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestOneContainer = cast("type[object]", OneContainer.TestCase)
 
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from libcontainerd import oci
 from tests.unit.oci.specification import CONFIG, DOCUMENTS, RANGES, Node, accepted, at, message_path
@@ -16,7 +16,6 @@ def findings(document: str, text: str) -> list[str]:
     return [str(finding) for finding in oci.validate(DOCUMENTS[document][1](text))]
 
 
-@settings(max_examples=50)
 @given(accepted(CONFIG, strict=True))
 def test_what_the_schema_takes_has_no_findings(document: object) -> None:
     assert oci.validate(oci.parse_spec(json.dumps(document))) == []
@@ -26,7 +25,6 @@ def test_what_the_schema_takes_has_no_findings(document: object) -> None:
 def test_what_the_schema_takes_of_others_has_no_findings(name: str) -> None:
     root, parse, _ = DOCUMENTS[name]
 
-    @settings(max_examples=30)
     @given(accepted(root, strict=True))
     def check(document: object) -> None:
         assert oci.validate(parse(json.dumps(document))) == []

@@ -71,7 +71,9 @@ def test_nothing_else_is_public() -> None:
         and value.__name__ == f"libcontainerd.{name}"
     }
 
-    assert sorted(public - submodules) == sorted(set(libcontainerd.__all__) - submodules - {"oci"})  # on demand
+    assert sorted(public - submodules) == sorted(
+        set(libcontainerd.__all__) - submodules - {"oci"}
+    )  # on demand
 
 
 @pytest.mark.parametrize("name", libcontainerd.__all__)

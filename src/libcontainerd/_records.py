@@ -89,6 +89,8 @@ class Process:
     Attributes:
         id: ``"init"`` or the exec's id.
         answered: containerd has answered us that it was made. An event says that one was, and it may be another's.
+        making: A thread is still starting it. It may have ended already, but nobody may delete it: containerd looks for it once
+            more before it answers the start.
         pid: In the host's pid namespace; 0 until it is known.
         exit: How it ended, once that is known.
         reported: Its exit has been handed to the backend's queue.
@@ -97,11 +99,23 @@ class Process:
         attached: Its IO.
     """
 
-    __slots__ = ("answered", "attached", "deleting", "exit", "id", "oom_killed", "pid", "reported", "state")
+    __slots__ = (
+        "answered",
+        "attached",
+        "deleting",
+        "exit",
+        "id",
+        "making",
+        "oom_killed",
+        "pid",
+        "reported",
+        "state",
+    )
 
     def __init__(self, process_id: str) -> None:
         self.id = process_id
         self.answered = False
+        self.making = True
         self.state = State.RESERVED
         self.pid = 0
         self.exit: ExitStatus | None = None
@@ -269,15 +283,23 @@ class Container:
     def claim_removal(self, process: Process, timeout: float) -> bool:
         """Become the one thread that deletes this process in containerd; False once another has done so.
 
-        Waits for another thread that is at it, and takes over where that one failed. Gives up, with False, when the
-        time is up.
+        Waits for the thread that starts it, and for another that deletes it, and takes over where that one failed. Gives up,
+        with False, when the time is up.
         """
         with self.changed:
-            free = self.changed.wait_for(lambda: process.state is State.GONE or not process.deleting, timeout)
+            free = self.changed.wait_for(
+                lambda: process.state is State.GONE or not (process.deleting or process.making), timeout
+            )
             if not free or process.state is State.GONE:
                 return False
             process.deleting = True
             return True
+
+    def made(self, process: Process) -> None:
+        """Its start is over, in whatever way."""
+        with self.changed:
+            process.making = False
+            self.changed.notify_all()
 
     def release_removal(self, process: Process) -> None:
         """The deletion in containerd failed: the process stays."""

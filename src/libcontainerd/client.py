@@ -535,6 +535,8 @@ class Client:
                     process.attached.discard()
                 container.forget(process)
                 raise
+            finally:
+                container.made(process)
             if self._cut.is_set() and process.attached is not None:
                 process.attached.abandon()  # it was answered while `close` went by
 

@@ -190,6 +190,7 @@ def test_an_exec_needs_a_task_that_runs() -> None:
     container.forget(container.reserve_exec("e"))
     container.apply(EventType.PAUSED, EventInfo("web"))
     container.forget(container.reserve_exec("e"))
+    container.made(task)
     assert container.claim_removal(task, 0)
     refused()
     container.release_removal(task)
@@ -245,9 +246,22 @@ def test_start_and_delete_at_once_do_not_both_win() -> None:
         assert sum(isinstance(each, Exception) for each in outcomes) == 1
 
 
+def test_nobody_deletes_a_process_that_is_still_being_started() -> None:
+    # It may have ended already; but containerd looks for it once more before it answers the start.
+    container = made()
+    task = running_task(container)
+    container.note_exit(task, ExitStatus(0, datetime.now(UTC)))
+    assert not container.claim_removal(task, 0.01)
+
+    waiting = Beside(lambda: container.claim_removal(task, 20))
+    container.made(task)
+    assert waiting.answer()
+
+
 def test_one_thread_at_a_time_deletes_a_process() -> None:
     container = made()
     task = running_task(container)
+    container.made(task)
     assert race(*[lambda: container.claim_removal(task, 0)] * 5).count(True) == 1
     assert not container.claim_removal(task, 0.01)
 

@@ -209,7 +209,7 @@ class Delivery:
 
     def _remove_exec(self, container: Container, process: Process) -> None:
         """Let an ended exec's output to its end, delete it in containerd, and forget it."""
-        if not container.claim_removal(process, 0):
+        if not container.claim_removal(process, CLEAN_UP_SECONDS):
             return
         attached = [] if process.attached is None else [process.attached]
         drained = self.drain(container, attached, _EXEC_DRAIN_SECONDS)

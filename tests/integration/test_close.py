@@ -315,7 +315,7 @@ def test_close_while_events_flow_and_calls_are_made(
     for number in range(4):
         start(keeper, spec, "sleep", "1000", container_id=f"c{number}")
     keeper.close()
-    for each in range(count(30, 4)):
+    for each in range(count(12, 3)):
         record = RecordingBackend()
         client = new_client(record)
         ids = [f"r{each}-{number}" for number in range(4)]

@@ -797,7 +797,7 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
         through.create(f"c{each}", spec("sleep", "1000"))
         through.start(f"c{each}")
     done = threading.Event()
-    cuts = 0
+    cuts, most_cuts = 0, count(60, 12)
 
     def run(each: int) -> int | None:
         container_id, exec_id = f"c{each % containers}", f"e{each}"
@@ -805,11 +805,13 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
             through.exec(container_id, exec_id, process("sh", "-c", f"exit {each % 256}"))
         except UnavailableError:
             return None
-        return through.wait(container_id, exec_id, timeout=60).code
+        # Not wait(), which asks by itself after a while: the event has to come.
+        return record.wait_for(EventType.EXIT, container_id, exec_id, timeout=30).info.exit_code
 
     def cut() -> None:
         nonlocal cuts
-        while not done.wait(0.2):
+        # Not for ever: what is to be told in the end needs a connection that lasts.
+        while cuts < most_cuts and not done.wait(0.2):
             proxy.cut(stay_broken=bool(cuts % 3 == 2))
             cuts += 1
         proxy.mend()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from libcontainerd.errors import (
+    ConflictError,
     InvalidParameterError,
     LibcontainerdError,
     PermissionDeniedError,
@@ -78,6 +79,7 @@ class Bundle:
                     _remove_empty(made)
                     raise
                 else:
+                    _refuse_anothers(path, owner, container_id)
                     return cls(path, owner, tuple(made))
             raise FileNotFoundError(f"{full}: its parents keep disappearing")
 
@@ -127,6 +129,16 @@ class Bundle:
             except OSError:
                 return
             parent = os.path.dirname(parent)
+
+
+def _refuse_anothers(path: str, owner: tuple[int, int], container_id: str) -> None:
+    """A mapped container's suffixed directory could have the name of another container's."""
+    there = os.stat(path)
+    wanted = owner if owner != (0, 0) else (os.geteuid(), there.st_gid)
+    if (there.st_uid, there.st_gid) != wanted:
+        raise ConflictError(
+            f"cannot create container {container_id!r}: its bundle {path} is there and belongs to {there.st_uid}:{there.st_gid}"
+        )
 
 
 def _make_plain(path: str, made: list[str]) -> str:

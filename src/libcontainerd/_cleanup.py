@@ -6,6 +6,7 @@ Every clean-up has a deadline of its own, and is done also when the client was c
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,7 @@ from libcontainerd.errors import (
     FailedPreconditionError,
     LibcontainerdError,
     NotFoundError,
+    UnavailableError,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from libcontainerd._wire.shelter import Lease
 
 _DEATH_SECONDS: Final = 2.0
+_FIRST_PAUSE_SECONDS: Final = 0.01
+_MOST_PAUSE_SECONDS: Final = 2.0
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -44,7 +48,7 @@ def remove_container(calls: Lease, sent: containers_pb2.Container) -> None:
     except NotFoundError:
         pass
     except LibcontainerdError as error:
-        _log.error("clean_up_failed", namespace=calls.namespace, container=sent.id, error=str(error))
+        _log_failure(calls, error, container=sent.id)
 
 
 def remove_process(calls: Lease, container: Container, process: Process) -> None:
@@ -52,16 +56,23 @@ def remove_process(calls: Lease, container: Container, process: Process) -> None
     doing = f"clean up after {process.id!r} in container {container.id!r}"
     deadline = Deadline(CLEAN_UP_SECONDS)
     calls.settle(deadline)
-    try:
-        end_process(calls, container, process, doing=doing, deadline=deadline)
-    except LibcontainerdError as error:
-        _log.error(
-            "clean_up_failed",
-            namespace=calls.namespace,
-            container=container.id,
-            exec=process.exec_id,
-            error=str(error),
-        )
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            end_process(calls, container, process, doing=doing, deadline=deadline)
+        except UnavailableError as error:  # containerd went away in the midst of it, and will be back
+            if deadline.remaining() > 0:
+                time.sleep(min(pause, deadline.remaining()))
+                pause = min(pause * 2, _MOST_PAUSE_SECONDS)
+                continue
+            _log_failure(calls, error, container=container.id, exec=process.exec_id)
+        except LibcontainerdError as error:
+            _log_failure(calls, error, container=container.id, exec=process.exec_id)
+        return
+
+
+def _log_failure(calls: Lease, error: LibcontainerdError, **what: str) -> None:
+    _log.error("clean_up_failed", namespace=calls.namespace, error=str(error), **what)
 
 
 def end_process(
@@ -76,11 +87,14 @@ def end_process(
         # A task that was made and not started can be deleted, but its shim then waits for output that never comes.
         if not process.exec_id:
             _kill(calls, container, process, doing=doing, deadline=deadline)
+        pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
                 delete_process(calls, container, process, doing=doing, deadline=deadline)
             except FailedPreconditionError:  # it runs
                 _kill(calls, container, process, doing=doing, deadline=deadline)
+                container.wait_exit(process, pause)
+                pause *= 2
             else:
                 return
 

@@ -6,7 +6,9 @@ map's, then a record's, then nothing.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from libcontainerd.cio.attached import Attached
 
 _EXITS_PER_CONTAINER: Final = 1024
-_CONTAINERS_REMEMBERED: Final = 1024
+_EXITS_OF_DELETED: Final = 32
+_CONTAINERS_REMEMBERED: Final = 256
 
 
 class State(Enum):
@@ -91,6 +94,7 @@ class Process:
         answered: containerd has answered us that it was made. An event says that one was, and it may be another's.
         making: A thread is still starting it. It may have ended already, but nobody may delete it: containerd looks for it once
             more before it answers the start.
+        asked: When containerd was asked for it last, on the monotonic clock.
         pid: In the host's pid namespace; 0 until it is known.
         exit: How it ended, once that is known.
         reported: Its exit has been handed to the backend's queue.
@@ -101,6 +105,7 @@ class Process:
 
     __slots__ = (
         "answered",
+        "asked",
         "attached",
         "deleting",
         "exit",
@@ -115,6 +120,7 @@ class Process:
     def __init__(self, process_id: str) -> None:
         self.id = process_id
         self.answered = False
+        self.asked = -math.inf
         self.making = True
         self.state = State.RESERVED
         self.pid = 0
@@ -181,6 +187,15 @@ class Container:
         """Name and pid of the processes whose exits were delivered."""
         with self.changed:
             return list(self._runs)
+
+    def trim(self) -> None:
+        """Keep of a container that was deleted what a memory of many can afford."""
+        with self.changed:
+            self.bundle = None
+            self.facts = SpecFacts(terminal=False, owner=(0, 0), options=None)
+            for memory in (self._exits, self._runs):
+                while len(memory) > _EXITS_OF_DELETED:
+                    memory.popitem(last=False)
 
     # Looking up.
 
@@ -387,10 +402,19 @@ class Container:
         with self.changed:
             self.changed.notify_all()
 
-    def is_reserved(self, process: Process) -> bool:
-        """Whether the process may not be in containerd yet."""
+    def is_making(self, process: Process) -> bool:
+        """Whether a thread is still starting the process."""
         with self.changed:
-            return process.state is State.RESERVED
+            return process.making
+
+    def claim_question(self, process: Process, interval: float) -> bool:
+        """Whether it is time to ask containerd for the process: for all that wait, once in an interval (seconds)."""
+        now = time.monotonic()
+        with self.changed:
+            if now - process.asked < interval:
+                return False
+            process.asked = now
+            return True
 
     def is_ours(self, process: Process) -> bool:
         """Whether containerd has answered us that it made the process."""
@@ -469,11 +493,11 @@ class Container:
         """The execs whose exits are not known."""
         return [process for process in self.running() if process.id != INIT_PROCESS_NAME]
 
-    def wait_execs(self, timeout: float) -> None:
-        """Wait until the exits of all execs are known, or the time is up."""
+    def wait_execs(self, timeout: float, stop: Callable[[], bool]) -> None:
+        """Wait until the exits of all execs are known, the time is up, or `stop` says so."""
         with self.changed:
             self.changed.wait_for(
-                lambda: all(process.exit is not None for process in self.execs.values()), timeout
+                lambda: stop() or all(each.exit is not None for each in self.execs.values()), timeout
             )
 
     def attached(self) -> list[Attached]:
@@ -506,9 +530,8 @@ class ContainerMap:
     """The containers that a client looks after, by id, and a bounded memory of those it has deleted."""
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards both dicts; first in the order, and no record's lock is taken under it
+        # Guards both dicts; first in the order, before a record's lock. Nothing waits under it.
+        self._lock = threading.Lock()
         self._containers: dict[str, Container] = {}
         self._deleted: OrderedDict[str, Container] = OrderedDict()
 
@@ -518,13 +541,13 @@ class ContainerMap:
         Raises:
             ConflictError: it is taken.
         """
-        earlier = self.deleted(container_id)
-        container = Container(container_id, () if earlier is None else earlier.runs())
         with self._lock:
             if container_id in self._containers:
                 raise ConflictError(f"cannot create container {container_id!r}: id already in use")
+            earlier = self._deleted.get(container_id)
+            container = Container(container_id, () if earlier is None else earlier.runs())
             self._containers[container_id] = container
-        return container
+            return container
 
     def release(self, container: Container) -> None:
         """The creation failed: the id is free again."""
@@ -538,6 +561,7 @@ class ContainerMap:
 
     def remove(self, container: Container) -> None:
         """The container was deleted: free the id, and remember how its processes ended."""
+        container.trim()
         with self._lock:
             del self._containers[container.id]
             _remember(self._deleted, container.id, container, _CONTAINERS_REMEMBERED)

@@ -28,14 +28,14 @@ from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
 from libcontainerd._runtime import check_labels, mapped_root, read_runtime_options, task_options
+from libcontainerd._stdin import StdinCloser
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import Address, Connection, Deadline, NotSentError
 from libcontainerd._wire.identifiers import check_identifier
-from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
-from libcontainerd._wire.shelter import CLEAN_UP_SECONDS, Shelter
+from libcontainerd._wire.shelter import Shelter
 from libcontainerd.cio import null_io
 from libcontainerd.cio.attached import Attached
 from libcontainerd.cio.fifo import FifoSet
@@ -47,7 +47,6 @@ from libcontainerd.errors import (
     InvalidParameterError,
     LibcontainerdError,
     NotFoundError,
-    SystemFailureError,
     UnavailableError,
 )
 from libcontainerd.types import (
@@ -68,7 +67,6 @@ if TYPE_CHECKING:
     from libcontainerd import oci
     from libcontainerd._wire.shelter import Lease
     from libcontainerd.cio import AttachStdio
-    from libcontainerd.cio.fifo import InputStream
     from libcontainerd.types import Backend
 
 _CONNECT_SECONDS: Final = 10.0
@@ -85,6 +83,7 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 _log = structlog.get_logger("libcontainerd")
+_pid: Final = os.getpid()
 _live_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
@@ -149,10 +148,13 @@ class Client:
         self._log = _log.bind(namespace=namespace)
         self._containers = ContainerMap()
         self._background = SerialQueue("background")
-        self._closing, self._cut, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._closing = threading.Event()  # `close` has begun; what is queued may still finish
+        self._cut = threading.Event()  # from here on verbs are refused, and those that wait are cut short
+        self._closed = threading.Event()  # `close` is done
         # Lets one call of close be the first; innermost, nothing is called while it is held.
         self._lock = threading.Lock()
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
+        self._stdin = StdinCloser(self._connection, self._background, self._closing)
         self._shelter = Shelter(parsed, self._connection.metadata, credentials)
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
@@ -168,6 +170,9 @@ class Client:
             self._subscriber.join(_JOIN_SECONDS)
             raise
         _live_clients.add(self)
+        # Last registered, first called: before the containerd that this one talks to is stopped.
+        atexit.unregister(_close_at_exit)
+        atexit.register(_close_at_exit)
 
     def __enter__(self) -> Self:
         return self
@@ -279,6 +284,7 @@ class Client:
         container = self._containers.get(container_id, doing)
         container.reserve_deletion()
         try:
+            self._refuse_while_task_exists(container, doing, deadline)
             with suppress(NotFoundError):  # somebody else has removed it: what is left to do is ours
                 self._connection.call(
                     self._connection.containers.Delete,
@@ -289,9 +295,18 @@ class Client:
         except BaseException:
             container.release_deletion()
             raise
-        if container.bundle is not None:
-            container.bundle.remove()
-        self._containers.remove(container)
+        try:
+            if container.bundle is not None:
+                container.bundle.remove()
+        finally:
+            self._containers.remove(container)
+
+    def _refuse_while_task_exists(self, container: Container, doing: str, deadline: Deadline) -> None:
+        """Our record has no task; but somebody else may have started one."""
+        request = tasks_pb2.GetRequest(container_id=container.id)
+        with suppress(NotFoundError):
+            self._connection.call(self._connection.tasks.Get, request, doing=doing, deadline=deadline)
+            raise FailedPreconditionError(f"cannot {doing}: a task exists that was not started here")
 
     def replace(
         self,
@@ -512,7 +527,7 @@ class Client:
             attach_stdio,
             FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
             owner=bundle.owner,
-            on_stdin_close=partial(self._stdin_closed, container, process),
+            on_stdin_close=partial(self._stdin.owner_closed, container, process),
         )
         container.attach(process, attached)
         return attached
@@ -529,11 +544,13 @@ class Client:
             except BaseException as error:
                 # What was never asked for is not there; what somebody else has under that name is not ours to remove.
                 unmade = isinstance(error, ConflictError | NotSentError) and not container.is_ours(process)
-                if process.attached is not None and not unmade:
-                    cleanup.remove_process(calls, container, process)
-                if process.attached is not None:
-                    process.attached.discard()
-                container.forget(process)
+                try:
+                    if process.attached is not None and not unmade:
+                        cleanup.remove_process(calls, container, process)
+                    if process.attached is not None:
+                        process.attached.discard()
+                finally:
+                    container.forget(process)
                 raise
             finally:
                 container.made(process)
@@ -553,7 +570,7 @@ class Client:
             NotFoundError: no such container or exec, the container is not running, or the process has ended.
             InvalidParameterError: that is no signal.
         """
-        if not 0 < signal < signals.NSIG:
+        if signal not in range(1, signals.NSIG):
             raise InvalidParameterError(f"{signal!r} is no signal: want 1 to {signals.NSIG - 1}")
         deadline = self._deadline(timeout)
         doing = f"send signal {int(signal)} to {process_id!r} in container {container_id!r}"
@@ -580,7 +597,7 @@ class Client:
             InvalidParameterError: a side is not 0 to 65535.
         """
         for side in (width, height):
-            if not 0 <= side < 1 << 16:
+            if side not in range(1 << 16):
                 raise InvalidParameterError(f"a terminal's width and height are 0 to 65535, not {side!r}")
         deadline = self._deadline(timeout)
         doing = f"resize the terminal of {process_id!r} in container {container_id!r}"
@@ -608,19 +625,7 @@ class Client:
         doing = f"close the stdin of {process_id!r} in container {container_id!r}"
         container = self._containers.get(container_id, doing)
         process = container.require_process(process_id, doing)
-        stdin = (
-            None
-            if process.attached is None or process.attached.direct is None
-            else process.attached.direct.stdin
-        )
-        if stdin is None:
-            self._close_io(container, process, deadline)
-            return
-        stdin.close()
-        if not stdin.ended.wait(_finite(deadline.remaining())):
-            raise DeadlineExceededError(
-                f"cannot close the stdin of {process_id!r} in container {container_id!r} in time"
-            )
+        self._stdin.close(container, process, deadline)
 
     def pause(self, container_id: str, *, timeout: float | None = None) -> None:
         """Freeze a container's processes.
@@ -684,7 +689,7 @@ class Client:
         processes = self._list_pids(container_id, timeout)
         doing = f"list the processes of container {container_id!r}"
         init = self._containers.get(container_id, doing).require_task(doing).pid
-        return [Summary(info.pid, _process_name(info, init)) for info in processes]
+        return [Summary(info.pid, catchup.process_name(info, init)) for info in processes]
 
     def _list_pids(self, container_id: str, timeout: float | None) -> list[task_pb2.ProcessInfo]:
         answer = self._task_call(
@@ -747,7 +752,10 @@ class Client:
                 raise NotFoundError(f"cannot {doing}: it never came to run")
             if deadline.remaining() <= 0:
                 raise DeadlineExceededError(f"cannot {doing}: it has not ended in time")
-            self._delivery.look(container, process)  # an event can get lost between the shim and containerd
+            if container.claim_question(process, _ASK_AGAIN_SECONDS):
+                self._delivery.look(
+                    container, process, deadline=deadline
+                )  # an event can get lost between the shim and containerd
 
     def delete_task(self, container_id: str, *, timeout: float | None = None) -> ExitStatus:
         """Delete the task of a container whose init has ended, and say how it ended.
@@ -778,7 +786,8 @@ class Client:
                 raise FailedPreconditionError(f"cannot {doing}: it has not ended; signal it and wait first")
             for attached in container.attached():
                 attached.process_ended()
-            limit = max(1.0, deadline.remaining() - _DELETE_RESERVE_SECONDS)
+            left = deadline.remaining()
+            limit = left - min(_DELETE_RESERVE_SECONDS, left / 3)
             drained = self._delivery.drain(container, container.attached(), limit)
             try:
                 with self._shelter.enter(doing) as calls:
@@ -789,41 +798,13 @@ class Client:
         except BaseException:
             container.release_removal(task)
             raise
-        # The exit's event is before the deletion's answer in time, but comes on another stream.
-        self._delivery.settle(container, task)
-        self._delivery.finish(task, drained=drained)
-        container.forget(task)
-        return task.exit or catchup.unknown_exit(None)
-
-    def _close_io(self, container: Container, process: Process, deadline: Deadline) -> None:
-        """Have the shim let go of the process's stdin; a process that has ended needs it no more."""
         try:
-            self._connection.call(
-                self._connection.tasks.CloseIO,
-                tasks_pb2.CloseIORequest(container_id=container.id, exec_id=process.exec_id, stdin=True),
-                doing=f"close the stdin of {process.id!r} in container {container.id!r}",
-                deadline=deadline,
-            )
-        except LibcontainerdError as error:
-            if not isinstance(error, NotFoundError | FailedPreconditionError) and process.exit is None:
-                raise
-
-    def _stdin_closed(self, container: Container, process: Process, stream: InputStream) -> None:
-        self._background.append(
-            (container.id, process.id, "stdin"), partial(self._end_stdin, container, process, stream)
-        )
-
-    def _end_stdin(self, container: Container, process: Process, stream: InputStream) -> None:
-        try:
-            stream.end_input()
-            self._close_io(container, process, Deadline(CLEAN_UP_SECONDS))
-        except LibcontainerdError as error:
-            if not self._closing.is_set():
-                self._log.warning(
-                    "stdin_not_closed", container=container.id, exec=process.exec_id, error=str(error)
-                )
+            # The exit's event is before the deletion's answer in time, but comes on another stream.
+            self._delivery.settle(container, task)
+            self._delivery.finish(task, drained=drained)
         finally:
-            stream.ended.set()
+            container.forget(task)
+        return task.exit or catchup.unknown_exit(None)
 
     # ------------------------------------------------------------------------------------------------------- closing
 
@@ -856,7 +837,8 @@ class Client:
         for container in self._containers.all():
             # A start that is under way is undone by its own thread; until then the shim waits for a reader.
             for attached in container.attached_and_started():
-                attached.abandon()
+                with suppress(OSError):  # one that fails must not keep the others from their end
+                    attached.abandon()
             container.wake()
         self._delivery.shut_leftovers()
         self._connection.close()
@@ -876,9 +858,10 @@ class Client:
         return Deadline(self._default_timeout if timeout is None else timeout)
 
 
-@atexit.register
 def _close_at_exit() -> None:
-    """A program that ends without closing its clients must not hang in gRPC's threads."""
+    """A program that ends without closing its clients must not hang in gRPC's threads. A forked child has none of its own."""
+    if os.getpid() != _pid:
+        return
     for client in list(_live_clients):
         client.close(timeout=1.0)
 
@@ -904,16 +887,3 @@ def _left(deadline: Deadline, doing: str) -> float:
 
 def _finite(seconds: float) -> float:
     return min(seconds, threading.TIMEOUT_MAX)
-
-
-def _process_name(info: task_pb2.ProcessInfo, init: int) -> str:
-    if info.pid == init:
-        return INIT_PROCESS_NAME
-    if not info.HasField("info") or not typeurl.is_a(info.info, ProcessDetails):
-        return ""
-    try:
-        return typeurl.unpack(info.info, ProcessDetails).exec_id
-    except typeurl.DecodeError as error:
-        raise SystemFailureError(
-            f"cannot read what containerd says of process {info.pid}: {error}"
-        ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd.client import Client
-from libcontainerd.errors import CallCancelledError
+from libcontainerd.errors import CallCancelledError, InvalidParameterError
 from libcontainerd.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
@@ -72,10 +72,13 @@ class Remote:
             runtime: As for `Client`.
             default_timeout: As for `Client`.
             credentials: As for `Client`.
+
+        Raises:
+            InvalidParameterError: `state_dir` is not absolute.
         """
         return cls(
             os.fspath(address),
-            os.fspath(state_dir),
+            _absolute(state_dir),
             runtime=runtime,
             default_timeout=default_timeout,
             credentials=credentials,
@@ -132,6 +135,7 @@ class Remote:
             SystemFailureError: it ended before it served; the message holds the end of its log.
             DeadlineExceededError: it does not serve in time; likewise.
         """
+        bundles_dir = _absolute(state_dir)
         supervisor = Supervisor(
             root_dir,
             state_dir,
@@ -154,7 +158,7 @@ class Remote:
         supervisor.start()
         return cls(
             supervisor.address,
-            os.fspath(state_dir),
+            bundles_dir,
             runtime=runtime,
             default_timeout=default_timeout,
             supervisor=supervisor,
@@ -202,3 +206,10 @@ class Remote:
             client.close()
         if self._supervisor is not None:
             self._supervisor.stop()
+
+
+def _absolute(state_dir: str | os.PathLike[str]) -> str:
+    path = os.fspath(state_dir)
+    if not os.path.isabs(path):
+        raise InvalidParameterError(f"state_dir must be an absolute path, not {path!r}")
+    return path

@@ -100,7 +100,7 @@ class Summary(NamedTuple):
 class Backend(Protocol):
     """**Protocol**: the user's object that receives a client's events."""
 
-    def process_event(self, container_id: str, event: EventType, info: EventInfo) -> None:
+    def process_event(self, container_id: str, event: EventType, info: EventInfo, /) -> object:
         """Take one event.
 
         Called for one event of a container at a time, in containerd's order, on a thread of the client's. It may
@@ -111,4 +111,7 @@ class Backend(Protocol):
             container_id: The container the event is about.
             event: What happened.
             info: The facts.
+
+        Returns:
+            Nothing that is looked at.
         """

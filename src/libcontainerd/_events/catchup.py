@@ -6,10 +6,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from libcontainerd._events.decode import utc
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
 from libcontainerd._wire.pb.services.tasks_pb2 import GetRequest
 from libcontainerd._wire.pb.types import task_pb2
-from libcontainerd.errors import NotFoundError
-from libcontainerd.types import ExitStatus, Status
+from libcontainerd.errors import NotFoundError, SystemFailureError
+from libcontainerd.types import INIT_PROCESS_NAME, ExitStatus, Status
 
 if TYPE_CHECKING:
     from libcontainerd._wire.connection import Connection, Deadline
@@ -72,3 +74,21 @@ def ask(
     if process.status != task_pb2.Status.STOPPED:
         return None
     return exit_status(process.exit_status, process.exited_at), process.pid
+
+
+def process_name(info: task_pb2.ProcessInfo, init: int) -> str:
+    """Say which process of ours a pid is: ``"init"``, an exec's id, or nothing.
+
+    Raises:
+        SystemFailureError: what containerd says of it cannot be read.
+    """
+    if info.pid == init:
+        return INIT_PROCESS_NAME
+    if not info.HasField("info") or not typeurl.is_a(info.info, ProcessDetails):
+        return ""
+    try:
+        return typeurl.unpack(info.info, ProcessDetails).exec_id
+    except typeurl.DecodeError as error:
+        raise SystemFailureError(
+            f"cannot read what containerd says of process {info.pid}: {error}"
+        ) from error

@@ -42,7 +42,7 @@ _LATE_EVENT_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 1.0
 _ASK_SECONDS: Final = 10.0
 _FIRST_LOOK_SECONDS: Final = 0.5
-_LAST_LOOK_SECONDS: Final = 60.0
+_MOST_LOOK_SECONDS: Final = 30.0
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -65,8 +65,11 @@ class Delivery:
         self._background = background
         self._queue = SerialQueue("backend", self._report_backlog)
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards _leftovers; innermost, nothing is called while it is held
+        self._lock = (
+            threading.Lock()
+        )  # guards the two below; innermost, nothing waits or is called back under it
         self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
+        self._unfinished: list[Attached] = []
         self._log = _log.bind(namespace=connection.namespace)
 
     def runs_caller(self) -> bool:
@@ -76,6 +79,8 @@ class Delivery:
     def close(self, timeout: float) -> None:
         """Take no more events, and let those that are queued finish until the timeout (seconds)."""
         self._closing.set()
+        for container in self._containers.all():
+            container.wake()
         undelivered = self._queue.close(timeout)
         if undelivered:
             self._log.warning("events_undelivered", events=undelivered)
@@ -89,19 +94,19 @@ class Delivery:
         try:
             event = decode(envelope)
         except MalformedEvent as error:
-            self._log.warning("event_malformed", topic=envelope.topic, error=str(error))
+            # A log may block, and this thread must not.
+            self._queue.append("", partial(self._log.warning, "event_malformed", error=str(error)))
             return
         if event is None:
             return
         container = self._containers.find(event.info.container_id)
         if container is None:
-            self._log.debug("event_of_unknown_container", container=event.info.container_id)
-            return
+            return  # somebody else's, in the same namespace
         process = container.process_of(event.info.process_id)
         info = container.apply(event.type, event.info)
         if info is None:
-            self._log.debug("event_repeated", container=container.id, exec=event.info.process_id)
-        elif event.type is EventType.EXIT:
+            return  # an exit that was told already
+        if event.type is EventType.EXIT:
             self._queue_exit(container, process, info)
         else:
             self._queue.append(container.id, partial(self._deliver, event.type, info))
@@ -133,7 +138,9 @@ class Delivery:
             )
 
     def _report_backlog(self, key: object, length: int) -> None:
-        self._log.warning("events_pile_up", container=key, waiting=length)
+        self._background.append(
+            (key, "backlog"), partial(self._log.warning, "events_pile_up", container=key, waiting=length)
+        )
 
     # Exits without an event.
 
@@ -158,12 +165,15 @@ class Delivery:
             self._report(container, process)
         return True
 
-    def look(self, container: Container, process: Process, *, grace: bool = True) -> bool:
-        """As `ask`, but what is only just being made is not asked for, and False says that there was no answer."""
-        if container.is_reserved(process):
-            return True
+    def look(
+        self, container: Container, process: Process, *, deadline: Deadline | None = None, grace: bool = True
+    ) -> bool:
+        """As `ask`, but what is only just being made is not asked for; False says that there was no answer."""
+        if container.is_making(process):
+            return False
+        deadline = Deadline(_ASK_SECONDS) if deadline is None else deadline.at_most(_ASK_SECONDS)
         try:
-            self.ask(container, process, Deadline(_ASK_SECONDS), grace=grace)
+            self.ask(container, process, deadline, grace=grace)
         except LibcontainerdError as error:
             self._log.debug("not_answered", container=container.id, exec=process.exec_id, error=str(error))
             return False
@@ -176,29 +186,30 @@ class Delivery:
 
     def catch_up(self) -> None:
         """After a gap in the stream: ask for every process whose exit is not known, until each is answered for."""
-        open_questions = [
-            (container, process) for container in self._containers.all() for process in container.running()
-        ]
-        while open_questions and not self._closing.is_set():
-            open_questions = [
-                (container, process)
-                for container, process in open_questions
-                if not self._closing.is_set() and not self.look(container, process, grace=False)
-            ]
-            if open_questions:
+        for container in self._containers.all():
+            processes = container.running()
+            if processes:
+                self._background.append(
+                    (container.id, "catch-up"), partial(self._catch_up, container, processes)
+                )
+
+    def _catch_up(self, container: Container, processes: list[Process]) -> None:
+        while processes and not self._closing.is_set():
+            processes = [each for each in processes if not self.look(container, each, grace=False)]
+            if processes:
                 self._closing.wait(_RETRY_SECONDS)
 
     def _look_for_execs(self, container: Container) -> None:
         """After init's end: find out about execs whose exits do not follow. A shim that was killed tells of init alone."""
         pause = _FIRST_LOOK_SECONDS
-        while pause < _LAST_LOOK_SECONDS and not self._closing.is_set():
-            container.wait_execs(pause)
+        while not self._closing.is_set():
+            container.wait_execs(pause, self._closing.is_set)
             running = container.running_execs()
             if not running:
                 return
             for process in running:
                 self.look(container, process, grace=False)
-            pause *= 2
+            pause = min(pause * 2, _MOST_LOOK_SECONDS)
 
     def _report(self, container: Container, process: Process) -> None:
         info = container.claim_report(process)
@@ -211,8 +222,18 @@ class Delivery:
         """Let an ended exec's output to its end, delete it in containerd, and forget it."""
         if not container.claim_removal(process, CLEAN_UP_SECONDS):
             return
-        attached = [] if process.attached is None else [process.attached]
-        drained = self.drain(container, attached, _EXEC_DRAIN_SECONDS)
+        drained = False
+        try:
+            attached = [] if process.attached is None else [process.attached]
+            drained = self.drain(container, attached, _EXEC_DRAIN_SECONDS)
+            self._delete_exec(container, process)
+        finally:
+            try:
+                self.finish(process, drained=drained)
+            finally:
+                container.forget(process)
+
+    def _delete_exec(self, container: Container, process: Process) -> None:
         doing = f"delete exec {process.id!r} of container {container.id!r}"
         deadline = Deadline(CLEAN_UP_SECONDS)
         while True:
@@ -231,9 +252,7 @@ class Delivery:
                     self._log.warning(
                         "exec_not_deleted", container=container.id, exec=process.exec_id, error=str(error)
                     )
-            break
-        self.finish(process, drained=drained)
-        container.forget(process)
+            return
 
     def drain(self, container: Container, processes: list[Attached], limit: float) -> bool:
         """Let the readers of output come to the end within a limit (seconds), and say whether they have."""
@@ -248,13 +267,22 @@ class Delivery:
 
     def finish(self, process: Process, *, drained: bool) -> None:
         """Close a deleted process's IO; what its owner may still read ends with `shut_leftovers` at the latest."""
-        left = [] if process.attached is None else process.attached.finish(drained=drained)
+        attached = process.attached
+        if attached is None:
+            return
+        left = attached.finish(drained=drained, hurry=self._closing.is_set)
         with self._lock:
             self._leftovers.update(left)
+            self._unfinished = [each for each in self._unfinished if not each.over]
+            if left and attached.has_users_io:
+                self._unfinished.append(attached)
 
     def shut_leftovers(self) -> None:
-        """Close the streams that were left to owners who have not closed them."""
+        """Close the streams that were left to owners who have not closed them, and the IO that goes with them."""
         with self._lock:
-            leftovers = list(self._leftovers)
+            leftovers, unfinished = list(self._leftovers), self._unfinished
+            self._unfinished = []
+        for attached in unfinished:
+            attached.abandon()
         for stream in leftovers:
             stream.shut()

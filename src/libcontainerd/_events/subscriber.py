@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import uuid
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import grpc
 import structlog
@@ -26,6 +26,7 @@ from libcontainerd.errors import (
     LibcontainerdError,
     NotImplementedByServerError,
     PermissionDeniedError,
+    SystemFailureError,
     UnavailableError,
 )
 
@@ -44,11 +45,6 @@ _HOPELESS: Final = (InvalidParameterError, NotImplementedByServerError, Permissi
 """What trying again does not mend: the other side is no containerd, or will not have us."""
 
 _log = structlog.get_logger("libcontainerd")
-
-
-class _Stream(Protocol):
-    def cancel(self) -> bool: ...
-    def __iter__(self) -> Iterator[Envelope]: ...
 
 
 class Subscriber:
@@ -72,10 +68,7 @@ class Subscriber:
             f"namespace=={namespace},topic~=|^/tasks/|",
             f'namespace=={namespace},topic=="{self._topic}"',
         )
-        self._lock = (
-            threading.Lock()
-        )  # guards _call, _failure and _prover; innermost, nothing is called under it
-        self._call: _Stream | None = None
+        self._lock = threading.Lock()  # guards _failure and _prover; innermost, nothing is called under it
         self._failure: LibcontainerdError | None = None
         self._prover: threading.Thread | None = None
         self._closed = threading.Event()
@@ -119,7 +112,10 @@ class Subscriber:
     def _run(self) -> None:
         backoff = _BACKOFF_FIRST
         while not self._closed.is_set():
-            failure = self._read()
+            try:
+                failure = self._read()
+            except Exception as error:  # noqa: BLE001 - the thread outlives whatever grpcio does; it is logged below
+                failure = SystemFailureError(f"cannot read events: {error!r}")
             if self._closed.is_set():
                 return
             if self._live.is_set():
@@ -181,7 +177,7 @@ class Subscriber:
         doing = f"read the events of namespace {self._connection.namespace!r}"
         try:
             call = cast(
-                "_Stream",
+                "Iterator[Envelope]",
                 self._connection.events.Subscribe(
                     SubscribeRequest(filters=self._filters),
                     metadata=self._connection.metadata,
@@ -190,10 +186,6 @@ class Subscriber:
             )
         except ValueError as error:  # what grpcio raises on a closed channel
             return UnavailableError(f"cannot {doing}: {error}")
-        with self._lock:
-            self._call = call
-        if self._closed.is_set():
-            call.cancel()
         try:
             for envelope in call:
                 if envelope.topic == self._topic:

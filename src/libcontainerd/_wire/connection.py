@@ -59,8 +59,12 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     (ChannelOptions.SingleThreadedUnaryStream, 1),
 )
 # A unix socket's path makes no authority that an HTTP/2 server accepts, and a proxy has no business with it. Keepalive
-# pings stay off on every channel: containerd allows one in five minutes, and closes the connection of who sends more.
+# pings stay off on it: containerd allows one in five minutes, and closes the connection of who sends more.
 _UNIX_OPTIONS: Final = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
+
+
+# A network can go away without a word.
+_TCP_OPTIONS: Final = (("grpc.keepalive_time_ms", 300_000), ("grpc.keepalive_timeout_ms", 20_000))
 
 
 class NotSentError(LibcontainerdError):
@@ -86,7 +90,11 @@ class Deadline:
         Raises:
             InvalidParameterError: the number is not positive.
         """
-        if not seconds > 0:
+        try:
+            positive = seconds > 0
+        except TypeError:
+            positive = False
+        if not positive:
             raise InvalidParameterError(f"a timeout is a positive number of seconds, not {seconds!r}")
         self._end = time.monotonic() + seconds
 
@@ -199,11 +207,11 @@ def open_channel(address: Address, credentials: grpc.ChannelCredentials | None =
     """Open a channel with this library's options; it connects by itself, and again after a break."""
     if credentials is None:
         return grpc.insecure_channel(address.target, options=(*_OPTIONS, *_UNIX_OPTIONS))
-    return grpc.secure_channel(address.target, credentials, options=_OPTIONS)
+    return grpc.secure_channel(address.target, credentials, options=(*_OPTIONS, *_TCP_OPTIONS))
 
 
 class Connection:
-    """One channel, its stubs, and the two ways to call: `call` and `subscribe`.
+    """One channel, its stubs, and one way to call them.
 
     Safe to use from any thread. The channel outlives restarts of containerd and reconnects by itself.
     """

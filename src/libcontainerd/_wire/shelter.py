@@ -182,6 +182,8 @@ class Lease:
                 return call.result()
             except grpc.RpcError as error:
                 raise translate(error, doing) from error
+            finally:
+                del call  # a call that failed raises itself, and so would hold this frame, which holds it
         if deadline.remaining() > 0:
             raise CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
         raise DeadlineExceededError(f"cannot {doing}: containerd has not answered in time")

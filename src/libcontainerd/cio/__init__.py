@@ -206,7 +206,7 @@ def copy(
         open_source(stdin)
 
     def attach(dio: DirectIO) -> IO:
-        return _CopyIO(dio, *_copies(dio, stdin, stdout, stderr))
+        return CopyIO(dio, *_copies(dio, stdin, stdout, stderr))
 
     return attach
 
@@ -243,7 +243,8 @@ def terminal(stdin: int | None = None, stdout: int | None = None) -> StdioCallba
                 sys.stdout.flush()  # what was printed before comes before
         raw = _RawMode(source) if dio.stdin is not None and os.isatty(source) else None
         try:
-            return _CopyIO(dio, *_copies(dio, source, target, target), raw=raw)
+            feed = source if dio.stdin is not None else None
+            return CopyIO(dio, *_copies(dio, feed, target, target), raw=raw)
         except BaseException:
             if raw is not None:
                 raw.restore()
@@ -257,7 +258,11 @@ def _copies(
 ) -> tuple[Copy | None, list[Copy]]:
     """Prepare the copies of stdin, and of the outputs."""
     feed = None
-    if dio.stdin is not None and stdin is not None:
+    if stdin is not None:
+        if dio.stdin is None:
+            raise InvalidParameterError(
+                "there is an stdin to copy, and the process was given none: say with_stdin=True"
+            )
         feed = Copy(copy_input(dio.stdin, open_source(stdin)))
     outputs = [_output(dio.stdout, stdout, "stdout")]
     if dio.stderr is not None:
@@ -271,7 +276,7 @@ def _output(stream: OutputStream, destination: Output | None, name: str) -> Copy
     return copy
 
 
-class _CopyIO:
+class CopyIO:
     """The IO of running copies."""
 
     def __init__(

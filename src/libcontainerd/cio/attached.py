@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from libcontainerd.cio import IO, AttachStdio, Destination
+from libcontainerd.cio import IO, AttachStdio, CopyIO, Destination
 from libcontainerd.cio.direct import DirectIO, drain
 from libcontainerd.cio.fifo import FifoSet
 from libcontainerd.errors import InvalidParameterError, SystemFailureError
@@ -113,18 +113,23 @@ class Attached:
         """The process never came to be: cancel and close everything, and remove the FIFOs."""
         if self.direct is None:
             return
-        self.direct.process_ended()
-        self._quietly("cancel")
-        self._quietly("close")
-        self.direct.close()
-        self.unlink()
+        try:
+            self.direct.process_ended()
+            self._quietly("cancel")
+            self._quietly("close")
+            self.direct.close()
+        finally:
+            self.unlink()
 
-    def finish(self, *, drained: bool) -> list[InputStream | OutputStream]:
+    def finish(
+        self, *, drained: bool, hurry: Callable[[], bool] = lambda: False
+    ) -> list[InputStream | OutputStream]:
         """The process is gone from containerd: remove the FIFOs, and close what has come to its end.
 
         Args:
             drained: The reader has taken all there was before the deletion. What the shim has sent after that is waited
                 for; where the reader was stuck, nothing is.
+            hurry: As for `drain`.
 
         Returns:
             The streams that are left to their owner: they still hold bytes, or their descriptor may be about to be used.
@@ -132,18 +137,32 @@ class Attached:
         if self.direct is None:
             return []
         self.unlink()
-        drained = drained and drain([self.direct], limit=_WAIT_SECONDS)
+        drained = drained and drain([self.direct], limit=_WAIT_SECONDS, hurry=hurry)
         if drained and self._io is not self.direct:
             self._quietly("cancel")
-            waiter = threading.Thread(
-                target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
-            )
-            waiter.start()
-            waiter.join(_WAIT_SECONDS)
-            if waiter.is_alive():
-                _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
+            if not isinstance(self._io, CopyIO):  # whose copies are over when their streams are drained
+                self._wait_for_users_io()
             self._quietly("close")
         return self.direct.finish(drained=drained)
+
+    def _wait_for_users_io(self) -> None:
+        waiter = threading.Thread(
+            target=self._quietly, args=("wait",), name="libcontainerd-io-wait", daemon=True
+        )
+        waiter.start()
+        waiter.join(_WAIT_SECONDS)
+        if waiter.is_alive():
+            _log.warning("io_wait_hangs", fifo=self.stdout, seconds=_WAIT_SECONDS)
+
+    @property
+    def has_users_io(self) -> bool:
+        """Whether there is an IO beside our own ends, which wants to be cancelled and closed."""
+        return self.direct is not None and self._io is not self.direct
+
+    @property
+    def over(self) -> bool:
+        """Whether every output has been closed."""
+        return self.direct is None or all(stream.pending() == (0, True) for stream in self.direct.outputs)
 
     def abandon(self) -> None:
         """The client goes away and the process stays: close our ends, send no end of input, keep the FIFOs."""

@@ -125,6 +125,7 @@ class End:
         self._fd = self._wake = -1  # the latter an eventfd, made when somebody first blocks
         self._users = 0
         self._closed = False
+        self._interrupted = False
         self._fd = _open_fifo(path, flags)
 
     def __del__(self) -> None:
@@ -195,17 +196,22 @@ class End:
             spare = fresh if self._wake >= 0 else -1
             if spare < 0:
                 self._wake = fresh
-            closed = self._closed
+            over = self._closed or self._interrupted
         if spare >= 0:
             os.close(spare)
-        if closed:
+        if over:
             os.eventfd_write(self._wake, 1)
         return self._wake
 
     def interrupt(self) -> None:
-        """Wake every thread that is blocked in `poll`, now and from now on."""
-        with suppress(ValueError), self.use():
-            os.eventfd_write(self._wake_descriptor(), 1)
+        """Wake every thread that is blocked in `poll`, now and from now on. Needs no descriptor: they may have run out."""
+        with self._lock:
+            self._interrupted = True
+            if self._closed or self._wake < 0:
+                return
+            self._users += 1
+        os.eventfd_write(self._wake, 1)
+        self.release()
 
     def close(self) -> None:
         """Wake whoever is blocked, and close as soon as nobody uses the descriptor; idempotent."""
@@ -338,9 +344,18 @@ class OutputStream(io.RawIOBase):
         """Close our end; idempotent. A blocked read in another thread raises ValueError."""
         if not self.closed:
             super().close()
-            if self.on_close is not None:
-                self.on_close()
+            self._tell_copier()
             self._end.close()
+
+    def __del__(self) -> None:
+        # The collector may strike anywhere, also while the pump's lock is held that a copier's callback takes.
+        self.on_close = None
+        super().__del__()
+
+    def _tell_copier(self) -> None:
+        callback, self.on_close = self.on_close, None
+        if callback is not None:
+            callback()
 
     # The library's side.
 
@@ -358,8 +373,7 @@ class OutputStream(io.RawIOBase):
     def shut(self) -> None:
         """Close the descriptor without the owner: later reads return ``b""``."""
         self.cancelled = True
-        if self.on_close is not None:
-            self.on_close()
+        self._tell_copier()
         self._end.close()
 
     def finish(self, *, drained: bool) -> bool:
@@ -411,7 +425,8 @@ class InputStream(io.RawIOBase):
     its reader has come. Safe to close while another thread writes.
 
     Attributes:
-        ended: Set when the end of input was sent, or can no longer be.
+        ended: Set when the sending of the end of input is over, whether it succeeded or not.
+        told: containerd was told of the end of input.
     """
 
     def __init__(self, end: End, holder: End, on_close: Callable[[InputStream], None]) -> None:
@@ -420,6 +435,7 @@ class InputStream(io.RawIOBase):
         self._holder = holder
         self._on_close = on_close
         self.ended = threading.Event()
+        self.told = False
         self._lock = threading.Lock()  # guards the gate and the two flags; nothing is called while it is held
         self._gate = _Gate.PENDING
         self._owner_closed = False

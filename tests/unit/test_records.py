@@ -140,9 +140,10 @@ def test_what_is_only_reserved_does_not_run() -> None:
     container = made()
     task = container.reserve_task()
     assert container.running() == []
-    assert container.is_reserved(task)
+    assert container.is_making(task)
     container.advance(task, Step.CREATE, 1)
-    assert not container.is_reserved(task)
+    container.made(task)
+    assert not container.is_making(task)
     reserved = container.reserve_exec("e")
     assert container.running() == [task]
     assert container.running_execs() == []
@@ -506,15 +507,20 @@ def test_waiting_until_an_exit_was_told() -> None:
 def test_waiting_for_all_execs() -> None:
     container = made()
     running_task(container)
-    container.wait_execs(20)
+    container.wait_execs(20, never)
     first, second = running_exec(container, "a", 201), running_exec(container, "b", 202)
-    waiting = Beside(lambda: container.wait_execs(20))
+    waiting = Beside(lambda: container.wait_execs(20, never))
     container.note_exit(first, FIFTH)
     assert waiting.running
     container.forget(second)
     waiting.answer()
     running_exec(container, "c", 203)
-    container.wait_execs(0.01)
+    container.wait_execs(0.01, never)
+    container.wait_execs(20, lambda: True)
+
+
+def never() -> bool:
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- memories

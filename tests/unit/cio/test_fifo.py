@@ -645,7 +645,7 @@ def test_asyncio_can_read_it(path: str) -> None:
 def test_a_dropped_stream_closes_its_descriptor(path: str) -> None:
     before = open_descriptors()
     stream = OutputStream(End(path, os.O_RDONLY))
-    stream._end.interrupt()  # so that there is an eventfd too
+    stream._end._wake_descriptor()  # so that there is an eventfd too
     assert len(open_descriptors() - before) == 2
     del stream
     gc.collect()
@@ -880,7 +880,7 @@ def test_shut_sends_no_end_of_input(stdin: Stdin) -> None:
 def test_a_stdin_that_is_dropped_before_its_process_came_closes_its_descriptors(path: str) -> None:
     before = open_descriptors()
     made = Stdin(path)
-    made.end.interrupt()
+    made.end._wake_descriptor()
     assert len(open_descriptors() - before) == 3
     del made
     gc.collect()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -24,6 +25,8 @@ from libcontainerd.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from libcontainerd._records import Container, Process
     from libcontainerd._wire.shelter import Lease
 
@@ -41,14 +44,14 @@ def remove_container(calls: Lease, sent: containers_pb2.Container) -> None:
     calls.settle(deadline)
     look = containers_pb2.GetContainerRequest(id=sent.id)
     deletion = containers_pb2.DeleteContainerRequest(id=sent.id)
-    try:
-        found = calls.call(calls.containers.Get, look, doing=doing, deadline=deadline).container
-        if (found.labels, found.spec) == (sent.labels, sent.spec):
-            calls.call(calls.containers.Delete, deletion, doing=doing, deadline=deadline)
-    except NotFoundError:
-        pass
-    except LibcontainerdError as error:
-        _log_failure(calls, error, container=sent.id)
+
+    def remove() -> None:
+        with suppress(NotFoundError):
+            found = calls.call(calls.containers.Get, look, doing=doing, deadline=deadline).container
+            if (found.labels, found.spec) == (sent.labels, sent.spec):
+                calls.call(calls.containers.Delete, deletion, doing=doing, deadline=deadline)
+
+    _insist(calls, remove, deadline, container=sent.id)
 
 
 def remove_process(calls: Lease, container: Container, process: Process) -> None:
@@ -56,23 +59,28 @@ def remove_process(calls: Lease, container: Container, process: Process) -> None
     doing = f"clean up after {process.id!r} in container {container.id!r}"
     deadline = Deadline(CLEAN_UP_SECONDS)
     calls.settle(deadline)
-    pause = _FIRST_PAUSE_SECONDS
-    while True:
+    remove = partial(end_process, calls, container, process, doing=doing, deadline=deadline)
+    _insist(calls, remove, deadline, container=container.id, exec=process.exec_id)
+
+
+def _insist(calls: Lease, remove: Callable[[], None], deadline: Deadline, **what: str) -> None:
+    """Remove something; again where containerd went away in the midst of it, for it will be back."""
+    for pause in _pauses():
         try:
-            end_process(calls, container, process, doing=doing, deadline=deadline)
-        except UnavailableError as error:  # containerd went away in the midst of it, and will be back
-            if deadline.remaining() > 0:
-                time.sleep(min(pause, deadline.remaining()))
-                pause = min(pause * 2, _MOST_PAUSE_SECONDS)
-                continue
-            _log_failure(calls, error, container=container.id, exec=process.exec_id)
+            remove()
         except LibcontainerdError as error:
-            _log_failure(calls, error, container=container.id, exec=process.exec_id)
+            if isinstance(error, UnavailableError) and deadline.remaining() > pause:
+                time.sleep(pause)
+                continue
+            _log.error("clean_up_failed", namespace=calls.namespace, error=str(error), **what)
         return
 
 
-def _log_failure(calls: Lease, error: LibcontainerdError, **what: str) -> None:
-    _log.error("clean_up_failed", namespace=calls.namespace, error=str(error), **what)
+def _pauses() -> Iterator[float]:
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(pause * 2, _MOST_PAUSE_SECONDS)
 
 
 def end_process(
@@ -87,14 +95,12 @@ def end_process(
         # A task that was made and not started can be deleted, but its shim then waits for output that never comes.
         if not process.exec_id:
             _kill(calls, container, process, doing=doing, deadline=deadline)
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
+        for pause in _pauses():
             try:
                 delete_process(calls, container, process, doing=doing, deadline=deadline)
             except FailedPreconditionError:  # it runs
                 _kill(calls, container, process, doing=doing, deadline=deadline)
-                container.wait_exit(process, pause)
-                pause *= 2
+                time.sleep(min(pause, max(0.0, deadline.remaining())))
             else:
                 return
 

@@ -83,8 +83,8 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 _log = structlog.get_logger("libcontainerd")
-_pid: Final = os.getpid()
-_live_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_live_clients: weakref.WeakKeyDictionary[Client, int] = weakref.WeakKeyDictionary()
+"""With the process that made each."""
 
 
 class Client:
@@ -169,7 +169,7 @@ class Client:
             self._connection.close()
             self._subscriber.join(_JOIN_SECONDS)
             raise
-        _live_clients.add(self)
+        _live_clients[self] = os.getpid()
         # Last registered, first called: before the containerd that this one talks to is stopped.
         atexit.unregister(_close_at_exit)
         atexit.register(_close_at_exit)
@@ -829,7 +829,7 @@ class Client:
             if not self._delivery.runs_caller():
                 self._closed.wait(left())
             return
-        _live_clients.discard(self)
+        _live_clients.pop(self, None)
         self._subscriber.stop()
         self._delivery.close(left())
         self._background.close(min(left() / 2, _WIND_UP_SECONDS))
@@ -859,11 +859,10 @@ class Client:
 
 
 def _close_at_exit() -> None:
-    """A program that ends without closing its clients must not hang in gRPC's threads. A forked child has none of its own."""
-    if os.getpid() != _pid:
-        return
-    for client in list(_live_clients):
-        client.close(timeout=1.0)
+    """A program that ends without closing its clients must not hang in gRPC's threads; its parent's are not its own."""
+    for client, pid in list(_live_clients.items()):
+        if pid == os.getpid():
+            client.close(timeout=1.0)
 
 
 @contextmanager

@@ -273,9 +273,12 @@ class Delivery:
         left = attached.finish(drained=drained, hurry=self._closing.is_set)
         with self._lock:
             self._leftovers.update(left)
-            self._unfinished = [each for each in self._unfinished if not each.over]
+            earlier = list(self._unfinished)
             if left and attached.has_users_io:
                 self._unfinished.append(attached)
+        over = [each for each in earlier if each.finish_late()]
+        with self._lock:
+            self._unfinished = [each for each in self._unfinished if each not in over]
 
     def shut_leftovers(self) -> None:
         """Close the streams that were left to owners who have not closed them, and the IO that goes with them."""

@@ -122,16 +122,26 @@ class Subscriber:
                 self._live.clear()
                 backoff = _BACKOFF_FIRST
                 self._log.warning("events_interrupted", error=str(failure))
-                prover = threading.Thread(
-                    target=self._recover, name="libcontainerd-events-prover", daemon=True
-                )
-                with self._lock:
-                    self._prover = prover
-                prover.start()
+                self._start_prover()
             with self._lock:
                 self._failure = failure
             self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is no secret
             backoff = min(backoff * 2, _BACKOFF_MOST)
+
+    def _start_prover(self) -> None:
+        while not self._closed.is_set():
+            prover = threading.Thread(target=self._recover, name="libcontainerd-events-prover", daemon=True)
+            with self._lock:
+                self._prover = prover
+            try:
+                prover.start()
+            except (
+                RuntimeError
+            ) as error:  # no thread can be had now; without one nobody learns what was missed
+                self._log.warning("events_not_resumed", error=str(error))
+                self._closed.wait(_BACKOFF_MOST)
+            else:
+                return
 
     def _recover(self) -> None:
         try:

@@ -159,10 +159,13 @@ class Attached:
         """Whether there is an IO beside our own ends, which wants to be cancelled and closed."""
         return self.direct is not None and self._io is not self.direct
 
-    @property
-    def over(self) -> bool:
-        """Whether every output has been closed."""
-        return self.direct is None or all(stream.pending() == (0, True) for stream in self.direct.outputs)
+    def finish_late(self) -> bool:
+        """After `finish`: close what its owner has come to the end of since, and with the last the IO; say whether it was."""
+        if self.direct is not None and self.direct.finish(drained=False):
+            return False
+        self._quietly("cancel")
+        self._quietly("close")
+        return True
 
     def abandon(self) -> None:
         """The client goes away and the process stays: close our ends, send no end of input, keep the FIFOs."""

@@ -6,8 +6,6 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -16,6 +14,7 @@ from libcontainerd._wire.pb.events import content_pb2 as content_events
 from libcontainerd._wire.pb.services import content_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.testing.filters import FilterError, Filters, fields
+from libcontainerd.testing.objects import Blob, Ingest
 from libcontainerd.testing.refusals import (
     Refusal,
     already_exists,
@@ -38,66 +37,6 @@ _READ_BYTES: Final = 1 << 20
 _BAD_DIGEST: Final = "invalid checksum digest format"
 _STAT: Final = content_pb2.WriteAction.STAT
 _COMMIT: Final = content_pb2.WriteAction.COMMIT
-
-
-@dataclass
-class Blob:
-    """What a namespace knows of one blob."""
-
-    digest: str
-    size: int
-    created_at: datetime
-    updated_at: datetime
-    labels: dict[str, str] = field(default_factory=dict)
-
-    def message(self, *, listed: bool = False) -> content_pb2.Info:
-        """As Info answers; 1.6 tells no time of the last change in lists."""
-        return content_pb2.Info(
-            digest=self.digest,
-            size=self.size,
-            created_at=stamp(self.created_at),
-            updated_at=stamp(None if listed else self.updated_at),
-            labels=self.labels,
-        )
-
-
-@dataclass
-class Ingest:
-    """A blob that is being written."""
-
-    ref: str
-    started_at: datetime
-    updated_at: datetime
-    total: int = 0
-    expected: str = ""
-    data: bytearray = field(default_factory=bytearray)
-    locked_since: datetime | None = None
-
-    def __post_init__(self) -> None:
-        self._hash = hashlib.sha256(self.data)
-
-    def write(self, data: bytes, *, anew: bool) -> None:
-        """Add bytes, after what is there or in its place."""
-        if anew:
-            self.data.clear()
-            self._hash = hashlib.sha256()
-        self.data += data
-        self._hash.update(data)
-
-    @property
-    def digest(self) -> str:
-        """The digest of what was written so far."""
-        return f"sha256:{self._hash.hexdigest()}"
-
-    def message(self) -> content_pb2.Status:
-        """As Status answers; the store keeps no expected digest."""
-        return content_pb2.Status(
-            ref=self.ref,
-            started_at=stamp(self.started_at),
-            updated_at=stamp(self.updated_at),
-            offset=len(self.data),
-            total=self.total,
-        )
 
 
 def _filters(texts: Sequence[str]) -> Filters:

@@ -27,7 +27,7 @@ from libcontainerd._wire.pb.cgroups.v1_pb2 import (
     Metrics,
     PidsStat,
 )
-from libcontainerd.testing.shim import Execution, ProcessSpec, RuntimeFailure
+from libcontainerd.testing.processes import Execution, ProcessSpec, RuntimeFailure
 from libcontainerd.testing.stdio import StdioClosedError
 
 if TYPE_CHECKING:

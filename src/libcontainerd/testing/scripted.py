@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from libcontainerd._wire.pb.cgroups.v1_pb2 import MemoryEntry, MemoryStat, Metrics, PidsStat
 from libcontainerd.errors import DeadlineExceededError, InvalidParameterError
-from libcontainerd.testing.shim import Execution, ProcessSpec, RuntimeFailure
+from libcontainerd.testing.processes import Execution, ProcessSpec, RuntimeFailure
 from libcontainerd.testing.stdio import StdioClosedError
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,10 +15,10 @@ import grpc
 
 from libcontainerd._wire.pb.events import snapshot_pb2 as snapshot_events
 from libcontainerd._wire.pb.services import snapshots_pb2
-from libcontainerd._wire.pb.types.mount_pb2 import Mount
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.testing.containers import parse_filters
 from libcontainerd.testing.filters import fields
+from libcontainerd.testing.objects import Snapshot
 from libcontainerd.testing.refusals import (
     Refusal,
     already_exists,
@@ -32,7 +30,6 @@ from libcontainerd.testing.refusals import (
     unimplemented,
 )
 from libcontainerd.testing.store import set_masked_labels
-from libcontainerd.testing.timestamps import stamp
 
 if TYPE_CHECKING:
     from libcontainerd.testing.exchange import Exchange
@@ -44,36 +41,6 @@ _VIEW: Final = snapshots_pb2.Kind.VIEW
 _COMMITTED: Final = snapshots_pb2.Kind.COMMITTED
 _KIND_NAMES: Final = {_ACTIVE: "Active", _VIEW: "View", _COMMITTED: "Committed"}
 _BLOCK: Final = 512
-
-
-@dataclass
-class Snapshot:
-    """One snapshot, and its directory."""
-
-    number: int
-    name: str
-    parent: str
-    kind: int
-    directory: Path
-    labels: dict[str, str]
-    created_at: datetime
-    updated_at: datetime
-
-    def message(self) -> snapshots_pb2.Info:
-        """As Stat answers."""
-        return snapshots_pb2.Info(
-            name=self.name,
-            parent=self.parent,
-            kind=self.kind,
-            created_at=stamp(self.created_at),
-            updated_at=stamp(self.updated_at),
-            labels=self.labels,
-        )
-
-    def mounts(self) -> list[Mount]:
-        """How to mount it."""
-        access = "ro" if self.kind == _VIEW else "rw"
-        return [Mount(type="bind", source=str(self.directory), options=["rbind", access])]
 
 
 class Snapshots(snapshots_pb2.SnapshotsServicer):

@@ -14,13 +14,10 @@ import stat
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from libcontainerd.cio.fifo import End
-
-if TYPE_CHECKING:
-    from io import FileIO
 
 _FIRST_LOOK_SECONDS: Final = 0.0005
 _LAST_LOOK_SECONDS: Final = 0.01
@@ -47,7 +44,7 @@ class _FileSink:
     """A file that output is added to."""
 
     def __init__(self, path: str) -> None:
-        self._file: FileIO = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._lock = threading.Lock()  # guards the file against being closed under a write; innermost
 
     def write(self, data: bytes) -> None:

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.services.containers_pb2 import Container
     from libcontainerd._wire.pb.services.images_pb2 import Image
     from libcontainerd._wire.pb.services.leases_pb2 import Lease
-    from libcontainerd.testing.content import Blob, Ingest
-    from libcontainerd.testing.snapshots import Snapshot
+    from libcontainerd.testing.objects import Blob, Ingest, Snapshot
 
 
 @dataclass

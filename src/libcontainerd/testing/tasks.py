@@ -20,6 +20,7 @@ from libcontainerd._wire.pb.types.metrics_pb2 import Metric
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.testing.containers import find_container
 from libcontainerd.testing.filters import FilterError, Filters, fields
+from libcontainerd.testing.processes import Process, ProcessSpec, Runtime, State
 from libcontainerd.testing.refusals import (
     Refusal,
     already_exists,
@@ -29,7 +30,7 @@ from libcontainerd.testing.refusals import (
     not_found,
     unknown,
 )
-from libcontainerd.testing.shim import Process, ProcessSpec, Runtime, State, Task
+from libcontainerd.testing.shim import Task
 from libcontainerd.testing.timestamps import stamp
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from libcontainerd.testing.refusals import (
     failed_precondition,
     identifier_fault,
     invalid_argument,
+    namespace_in,
     not_found,
 )
 from libcontainerd.testing.store import set_labels, set_masked_labels
@@ -37,13 +38,26 @@ if TYPE_CHECKING:
     from libcontainerd.testing.store import Store
 
 
+def _publisher_in(context: grpc.ServicerContext) -> str:
+    """The namespace in which a change is told: the caller's, not the one that is changed.
+
+    Raises:
+        Refusal: the caller names none. The change was made all the same.
+    """
+    namespace = namespace_in(context)
+    if not namespace:
+        text = "failed publishing event: namespace is required: failed precondition"
+        raise Refusal(grpc.StatusCode.UNKNOWN, text)
+    return namespace
+
+
 def _check_name(name: str) -> None:
     if fault := identifier_fault(name):
         raise invalid_argument(fault)
 
 
 class Namespaces(NamespacesServicer):
-    """The namespaces service. None of its calls needs a namespace in the header."""
+    """The namespaces service. What is only asked needs no namespace in the header."""
 
     def __init__(self, store: Store, exchange: Exchange) -> None:
         self._store = store
@@ -77,7 +91,7 @@ class Namespaces(NamespacesServicer):
                 raise already_exists(f'namespace "{namespace.name}"')
             set_labels(self._store.make_space(namespace.name).labels, namespace.labels, "namespace")
         self._exchange.publish(
-            namespace.name,
+            _publisher_in(context),
             "/namespaces/create",
             namespace_events.NamespaceCreate(name=namespace.name, labels=namespace.labels),
         )
@@ -100,7 +114,7 @@ class Namespaces(NamespacesServicer):
             labels = self._store.space(source.name).labels
             set_masked_labels(labels, source.labels, paths or ["labels"], "namespace")
         self._exchange.publish(
-            source.name,
+            _publisher_in(context),
             "/namespaces/update",
             namespace_events.NamespaceUpdate(name=source.name, labels=source.labels),
         )

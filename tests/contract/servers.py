@@ -6,10 +6,10 @@ import json
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
 import grpc
 
@@ -32,11 +32,16 @@ from libcontainerd._wire.pb.wellknown_pb2 import Any
 from tests.contract import programs
 from tests.integration.containers import Raw, wait_until
 
-_Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 SECONDS = 20.0
 RUNTIME = "io.containerd.runc.v2"
+
+
+class _Cancellable(Protocol):
+    """What grpc-stubs leave untyped of a call."""
+
+    def cancel(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,6 @@ class Services(Raw):
         """Make a unary call."""
         return method(request, metadata=self._metadata(namespace), timeout=SECONDS)
 
-    def stream(
-        self, method: Callable[..., object], request: object, namespace: str | None = None
-    ) -> list[object]:
-        """Make a call that answers with a stream, and take all of it."""
-        answers = method(request, metadata=self._metadata(namespace), timeout=SECONDS)
-        return list(answers)  # type: ignore[call-overload,no-any-return]  # grpc-stubs name no class for it
-
     def _metadata(self, namespace: str | None) -> tuple[tuple[str, str], ...]:
         if namespace is None:
             return self.metadata
@@ -108,7 +106,7 @@ class Services(Raw):
         """Make a call that must be refused; an empty namespace sends none."""
         try:
             answer = method(request, metadata=self._metadata(namespace), timeout=SECONDS)
-            if hasattr(answer, "__next__"):
+            if isinstance(answer, Iterator):
                 answer = list(answer)
         except grpc.RpcError as error:
             return Refused(error.code(), error.details() or "")
@@ -144,7 +142,7 @@ class Services(Raw):
         request = containers_pb2.CreateContainerRequest(container=container)
         return self.call(self.containers.Create, request).container
 
-    def create_task(self, container_id: str) -> int:
+    def make_task(self, container_id: str) -> int:
         """Create a container's task past the client, with its stdio nowhere."""
         request = tasks_pb2.CreateTaskRequest(container_id=container_id)
         return self.call(self.tasks.Create, request).pid
@@ -171,7 +169,7 @@ class Services(Raw):
     def run(self, container_id: str, *args: str) -> int:
         """Create and start a container and its task."""
         self.make_container(container_id, *args)
-        self.create_task(container_id)
+        self.make_task(container_id)
         return self.start(container_id)
 
     def remove_everything(self) -> None:
@@ -237,7 +235,7 @@ class Subscription:
         return [self.next().topic for _ in range(count)]
 
     def close(self) -> None:
-        self._call.cancel()
+        cast("_Cancellable", self._call).cancel()
         self._thread.join(SECONDS)
 
 

@@ -121,7 +121,7 @@ def test_execs_end_before_their_init(services: Services, subscribe: Subscribe) -
 def test_a_deleted_task_that_never_ran_ends_first(services: Services, subscribe: Subscribe) -> None:
     subscription = subscribe("topic~=|^/tasks/|")
     services.make_container("c")
-    services.create_task("c")
+    services.make_task("c")
 
     services.delete_task("c")
 
@@ -133,7 +133,7 @@ def test_a_failed_creation_is_not_told(services: Services, subscribe: Subscribe)
     services.make_container("bad", *programs.MISSING)
     services.refused(services.tasks.Create, tasks_pb2.CreateTaskRequest(container_id="bad"))
     services.make_container("good")
-    services.create_task("good")
+    services.make_task("good")
 
     create = typeurl.unpack(subscription.next().event, task_pb2.TaskCreate)
 

@@ -284,7 +284,7 @@ def test_metrics(services: Services) -> None:
 
 def test_a_task_that_was_never_started_can_be_deleted(services: Services) -> None:
     services.make_container("c")
-    pid = services.create_task("c")
+    pid = services.make_task("c")
 
     deleted = services.call(services.tasks.Delete, tasks_pb2.DeleteTaskRequest(container_id="c"))
 

@@ -270,7 +270,7 @@ def test_what_is_published_needs_a_namespace(services: Services) -> None:
 
 def test_what_a_created_task_refuses(services: Services) -> None:
     services.make_container("c")
-    services.create_task("c")
+    services.make_task("c")
     tasks = services.tasks
 
     for method, request, code, pattern in (

@@ -280,6 +280,8 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make 
         if fault is None or fault.after is not after:
             return
         fault.hold(context, self._stopping)
+        if self._stopping():
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "transport is closing")
         if fault.refusal is not None:
             raise fault.refusal
 

@@ -80,7 +80,7 @@ class Namespaces(NamespacesServicer):
     def Create(
         self,
         request: CreateNamespaceRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002 - gRPC's form
+        context: grpc.ServicerContext,
     ) -> CreateNamespaceResponse:
         """Make a namespace."""
         namespace = request.namespace
@@ -100,7 +100,7 @@ class Namespaces(NamespacesServicer):
     def Update(
         self,
         request: UpdateNamespaceRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002 - gRPC's form
+        context: grpc.ServicerContext,
     ) -> UpdateNamespaceResponse:
         """Change labels, one by one with a field mask or all of them without. 1.6 answers with nothing in it."""
         source = request.namespace

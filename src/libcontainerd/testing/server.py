@@ -154,8 +154,8 @@ class FakeContainerd:
             directory, self._directory = self._directory, None
             if directory is None:
                 return
-            self._faults.clear()
             self._shut()
+            self._faults.clear()
             self._clear()
             self._tasks = self._snapshots = None
             shutil.rmtree(directory, ignore_errors=True)

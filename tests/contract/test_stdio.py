@@ -123,7 +123,7 @@ def test_output_to_a_file(client: Client, services: Services, tmp_path: Path) ->
 
     assert client.wait("c").code == 3
     client.delete_task("c")
-    assert sorted(log.read_bytes().splitlines()) == [b"err", b"out"]
+    wait_until(lambda: sorted(log.read_bytes().splitlines()) == [b"err", b"out"], "the shim has written it")
 
 
 def test_a_terminal(client: Client, services: Services) -> None:

@@ -22,6 +22,8 @@ from libcontainerd.cio.fifo import End
 _FIRST_LOOK_SECONDS: Final = 0.0005
 _LAST_LOOK_SECONDS: Final = 0.01
 _CHUNK: Final = 32 << 10
+_INPUT_LATE_SECONDS: Final = 0.02
+"""How long after the answer stdin's reader comes: clients must not count on finding it."""
 
 
 class StdioError(Exception):
@@ -127,9 +129,10 @@ class ShimStdio:
         self._sinks: dict[str, _Sink] = {}
         self._lock = (
             threading.Lock()
-        )  # guards the four below; innermost, nothing that waits is called under it
+        )  # guards the five below; innermost, nothing that waits is called under it
         self._reader: End | None = None
         self._keeper: End | None = None
+        self._input_begun = False
         self._input_closed = False
         self._closed = False
         self._input_ready = threading.Event()
@@ -148,7 +151,7 @@ class ShimStdio:
                 raise StdioError(f"unknown STDIO scheme {scheme}")
 
     def open(self, timeout: float) -> None:
-        """Open the output, waiting for the client's readers; the input follows in the background.
+        """Open the output, waiting for the client's readers.
 
         Args:
             timeout: Seconds that the readers may take together.
@@ -164,7 +167,13 @@ class ShimStdio:
         for name, text in streams:
             self._sinks[name] = _NullSink() if nowhere else self._open_sink(text, deadline)
         self._opened.set()
-        if self.stdin:
+
+    def begin_input(self) -> None:
+        """Open the input, soon and in the background: Create, or an exec's Start, has been answered. Idempotent."""
+        with self._lock:
+            begin = bool(self.stdin) and not self._input_begun and not self._closed
+            self._input_begun = True
+        if begin:
             threading.Thread(target=self._open_input, name="fake-containerd-stdin", daemon=True).start()
 
     def _open_sink(self, text: str, deadline: float) -> _Sink:
@@ -191,6 +200,7 @@ class ShimStdio:
             pause = min(pause * 2, _LAST_LOOK_SECONDS)
 
     def _open_input(self) -> None:
+        self._cancelled.wait(_INPUT_LATE_SECONDS)
         with suppress(OSError):  # the client has taken its FIFOs away again: there is no input
             reader = End(self.stdin, os.O_RDONLY)
             keeper = End(self.stdin, os.O_WRONLY)

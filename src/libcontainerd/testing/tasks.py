@@ -222,6 +222,8 @@ class Tasks(tasks_pb2.TasksServicer):
             raise
         with self._lock:
             self._tasks[key] = task
+        if not task.restored:
+            _when_answered(context, task.init.stdio.begin_input)
         return tasks_pb2.CreateTaskResponse(container_id=request.container_id, pid=pid)
 
     def _publisher(self, namespace: str) -> Callable[[str, Message], None]:
@@ -242,7 +244,10 @@ class Tasks(tasks_pb2.TasksServicer):
     ) -> tasks_pb2.StartResponse:
         """Let init or an exec run."""
         task = self._task(context, request.container_id)
-        return tasks_pb2.StartResponse(pid=task.start(request.exec_id))
+        stdio = task.process(request.exec_id).stdio
+        pid = task.start(request.exec_id)
+        _when_answered(context, stdio.begin_input)
+        return tasks_pb2.StartResponse(pid=pid)
 
     def Exec(self, request: tasks_pb2.ExecProcessRequest, context: grpc.ServicerContext) -> Empty:
         """Keep what an exec shall be."""
@@ -349,6 +354,11 @@ class Tasks(tasks_pb2.TasksServicer):
             task.kill("", _KILL, everyone=False)
             task.wait("", context)
         return tasks_pb2.CheckpointTaskResponse(descriptors=descriptors)
+
+
+def _when_answered(context: grpc.ServicerContext, callback: Callable[[], None]) -> None:
+    if not context.add_callback(callback):
+        callback()
 
 
 def not_found_task(container_id: str) -> Refusal:

@@ -244,9 +244,9 @@ class Tasks(tasks_pb2.TasksServicer):
     ) -> tasks_pb2.StartResponse:
         """Let init or an exec run."""
         task = self._task(context, request.container_id)
-        stdio = task.process(request.exec_id).stdio
         pid = task.start(request.exec_id)
-        _when_answered(context, stdio.begin_input)
+        # As containerd does: an exec that has ended and was deleted meanwhile is not found any more.
+        _when_answered(context, task.process(request.exec_id).stdio.begin_input)
         return tasks_pb2.StartResponse(pid=pid)
 
     def Exec(self, request: tasks_pb2.ExecProcessRequest, context: grpc.ServicerContext) -> Empty:

@@ -569,6 +569,19 @@ def test_calls_from_many_threads(fake: FakeContainerd, client: Client) -> None:
     assert client.version().revision == "libcontainerd-fake"
 
 
+def test_nobody_needs_root(fake: FakeContainerd, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    fake.script(prints(b"hi"))
+    collected = Collected()
+    client.create("c", spec())
+    client.start("c", with_stdin=True, attach_stdio=collected)
+
+    assert client.wait("c").code == 0
+
+
 def test_a_service_that_the_client_misses(fake: FakeContainerd, client: Client) -> None:
     fake.fail("Version/Version", grpc.StatusCode.UNIMPLEMENTED, "unknown method")
 

@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from libcontainerd.errors import DeadlineExceededError, InvalidParameterError
-from libcontainerd.testing.refusals import Refusal, namespace_in
+from libcontainerd.testing.refusals import Refusal, closing, namespace_in
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -281,7 +281,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make 
             return
         fault.hold(context, self._stopping)
         if self._stopping():
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, "transport is closing")
+            raise closing()
         if fault.refusal is not None:
             raise fault.refusal
 

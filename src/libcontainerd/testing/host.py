@@ -52,7 +52,8 @@ class HostRuntime:
         """Make a process that waits to be started."""
         if not spec.args:
             raise RuntimeFailure("args must not be empty")
-        if spec.root and not spec.exec_id and not os.path.isdir(spec.root):
+        # A relative one is within the bundle, where a shim makes it.
+        if spec.root.startswith("/") and not spec.exec_id and not os.path.isdir(spec.root):
             raise RuntimeFailure(f"invalid rootfs: stat {spec.root}: no such file or directory")
         environment = _environment(spec)
         cwd = _working_directory(spec)

@@ -66,6 +66,11 @@ def unknown(text: str) -> Refusal:
     return Refusal(grpc.StatusCode.UNKNOWN, f"{text}: unknown")
 
 
+def closing() -> Refusal:
+    """The server goes away."""
+    return Refusal(grpc.StatusCode.UNAVAILABLE, "transport is closing")
+
+
 def identifier_fault(value: str) -> str:
     """Say what containerd's identifier rule has against a value; nothing if it is fine."""
     if not value:

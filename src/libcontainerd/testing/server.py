@@ -27,7 +27,7 @@ from libcontainerd.testing.images import Images
 from libcontainerd.testing.introspection import Health, Introspection, Version
 from libcontainerd.testing.leases import Leases
 from libcontainerd.testing.namespaces import Namespaces
-from libcontainerd.testing.refusals import Refusal
+from libcontainerd.testing.refusals import Refusal, closing
 from libcontainerd.testing.scripted import Program, ScriptedProcess, ScriptedRuntime
 from libcontainerd.testing.snapshots import Snapshots
 from libcontainerd.testing.store import Store
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # A thread per call under way, made when it is needed: each Wait and each subscription takes one for as long as it lasts.
 _MOST_CALLS: Final = 2000
+_GRACE_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 16 << 20
 
@@ -145,6 +146,7 @@ class FakeContainerd:
                 self._scripted or HostRuntime(),
                 state_dir=str(self._directory),
                 open_timeout=self._stdio_timeout,
+                stopping=lambda: self._stopping,
             )
             self._serve()
 
@@ -207,16 +209,21 @@ class FakeContainerd:
         return str(directory / "c.sock")
 
     def _shut(self) -> None:
+        """Stop serving.
+
+        Calls under way are ended one by one, as a connection that breaks would: to cancel them all at once makes gRPC's core
+        write about it to stderr, in every client.
+        """
         server, self._server = self._server, None
         executor, self._executor = self._executor, None
         if server is None or executor is None:
             return
         self._stopping = True
-        stopped = server.stop(None)
         self._faults.wake()
         if self._tasks is not None:
             self._tasks.wake()
-        stopped.wait(_STOP_SECONDS)
+        self._exchange.drop_streams(closing())
+        server.stop(_GRACE_SECONDS).wait(_STOP_SECONDS)
         executor.shutdown(wait=True)
 
     def go_down(self) -> None:

@@ -27,6 +27,7 @@ from libcontainerd.testing.processes import (
 from libcontainerd.testing.refusals import (
     Refusal,
     already_exists,
+    closing,
     failed_precondition,
     not_found,
     unknown,
@@ -301,11 +302,11 @@ class Task:
     def _running_execs(self) -> list[Process]:
         return [each for each in self.execs.values() if each.state is State.RUNNING]
 
-    def wait(self, exec_id: str, context: grpc.ServicerContext) -> Process:
+    def wait(self, exec_id: str, context: grpc.ServicerContext, stopping: Callable[[], bool]) -> Process:
         """Wait for a process's end.
 
         Raises:
-            Refusal: there is no such exec, or the shim has died.
+            Refusal: there is no such exec, the shim has died, or the server is going away.
         """
         process = self.process(exec_id)
 
@@ -316,8 +317,10 @@ class Task:
         context.add_callback(wake)
         with self.changed:
             self.changed.wait_for(
-                lambda: process.ended or process.failed or self.dead or not context.is_active()
+                lambda: process.ended or process.failed or self.dead or stopping() or not context.is_active()
             )
+            if stopping():
+                raise closing()
             if self.dead and not process.ended:
                 raise unknown("ttrpc: closed")
         return process

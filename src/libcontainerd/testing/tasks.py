@@ -58,6 +58,7 @@ class Tasks(tasks_pb2.TasksServicer):
         runtime: What runs processes.
         state_dir: The directory under which bundles are said to be.
         open_timeout: Seconds that a client may take to open its ends of stdio.
+        stopping: Says whether the server is going away.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Tasks(tasks_pb2.TasksServicer):
         *,
         state_dir: str,
         open_timeout: float,
+        stopping: Callable[[], bool],
     ) -> None:
+        self._stopping = stopping
         self._store = store
         self._exchange = exchange
         self._content = content
@@ -272,7 +275,7 @@ class Tasks(tasks_pb2.TasksServicer):
 
     def Wait(self, request: tasks_pb2.WaitRequest, context: grpc.ServicerContext) -> tasks_pb2.WaitResponse:
         """Answer when a process has ended."""
-        process = self._task(context, request.container_id).wait(request.exec_id, context)
+        process = self._task(context, request.container_id).wait(request.exec_id, context, self._stopping)
         return tasks_pb2.WaitResponse(exit_status=process.exit_status, exited_at=stamp(process.exited_at))
 
     def Delete(
@@ -352,7 +355,7 @@ class Tasks(tasks_pb2.TasksServicer):
                 descriptors.append(Descriptor(media_type=media_type, digest=digest, size=len(data)))
         if options.exit:
             task.kill("", _KILL, everyone=False)
-            task.wait("", context)
+            task.wait("", context, self._stopping)
         return tasks_pb2.CheckpointTaskResponse(descriptors=descriptors)
 
 

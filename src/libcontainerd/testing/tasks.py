@@ -343,14 +343,13 @@ class Tasks(tasks_pb2.TasksServicer):
         options = CheckpointOptions()
         if typeurl.is_a(request.options, CheckpointOptions):
             options = typeurl.unpack(request.options, CheckpointOptions)
-        archive = _checkpoint_archive(task)
         descriptors = []
         if options.image_path:
-            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                tar.extractall(Path(options.image_path), filter="data")
+            for name, data in _checkpoint_files(task).items():
+                (Path(options.image_path) / name).write_bytes(data)
         else:
             config = container.spec.SerializeToString()
-            for media_type, data in ((_CHECKPOINT_TYPE, archive), (_CONFIG_TYPE, config)):
+            for media_type, data in ((_CHECKPOINT_TYPE, _checkpoint_archive(task)), (_CONFIG_TYPE, config)):
                 digest = self._content.add(namespace, data)
                 descriptors.append(Descriptor(media_type=media_type, digest=digest, size=len(data)))
         if options.exit:
@@ -430,14 +429,19 @@ def _check_runtime(name: str) -> None:
     )
 
 
+def _checkpoint_files(task: Task) -> dict[str, bytes]:
+    """What a checkpoint holds, by file name."""
+    inventory = {"container": task.init.id, "pid": task.init.pid}
+    return {
+        "inventory.img": json.dumps(inventory).encode(),
+        "process.json": json.dumps(dict(task.init.spec.process)).encode(),
+    }
+
+
 def _checkpoint_archive(task: Task) -> bytes:
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as tar:
-        for name, document in (
-            ("inventory.img", {"container": task.init.id, "pid": task.init.pid}),
-            ("process.json", dict(task.init.spec.process)),
-        ):
-            data = json.dumps(document).encode()
+        for name, data in _checkpoint_files(task).items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))

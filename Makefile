@@ -25,8 +25,7 @@ venv: ## make .venv alone
 	@tools/setup.sh venv
 
 .PHONY: demo
-demo: venv ## run a real container through libcontainerd and show what happens (as root)
-	@tools/setup.sh required
+demo: setup ## run a container and show what happens: a real one, or where none can run, one of FakeContainerd's
 	@$(PYTHON) examples/demo.py
 
 .PHONY: test

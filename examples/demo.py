@@ -1,6 +1,9 @@
-"""A real container from its creation to its end, on a containerd of our own. What `make demo` runs, as root.
+"""A container from its creation to its end, on a containerd of our own. What `make demo` runs.
 
-python examples/demo.py
+python examples/demo.py [--fake]
+
+As root, where containerd, runc and a static busybox are there, the container is a real one. Elsewhere, or with ``--fake``, it is
+`libcontainerd.testing.FakeContainerd` that serves, and the processes really run, but on this machine, isolated by nothing.
 
 Everything it makes lies in one temporary directory and is removed again, which it checks. Exit code 0: all went well.
 """
@@ -26,6 +29,7 @@ import structlog
 
 from libcontainerd import Client, EventInfo, EventType, LibcontainerdError, Remote, cio, oci
 from libcontainerd.backends import CallbackBackend
+from libcontainerd.testing import FakeContainerd
 
 NAME: Final = "demo"
 NAMESPACE: Final = f"demo-{os.getpid()}"
@@ -36,20 +40,25 @@ SCRIPT: Final = 'while read -r line; do echo "you said: $line"; echo "${#line} c
 os.environ["PATH"] = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def main() -> int:
-    """Run the demo, or say in one line what it lacks; return the exit code."""
-    if lacking := missing():
-        print(f"demo: cannot run a real container here: {lacking}", file=sys.stderr)
-        return 1
+def main(arguments: list[str]) -> int:
+    """Run the demo, and say which containerd it runs on; return the exit code."""
+    lacking = "--fake was asked for" if "--fake" in arguments else missing()
     # How logs look is the program's business; the library only emits them.
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    if lacking:
+        print(
+            f"No real container ({lacking}):\na FakeContainerd, whose processes run on this machine, unisolated.\n"
+        )
     story = Story()
     directory = Path(tempfile.mkdtemp(prefix="lc-demo-"))  # short, for a socket's path must be
     try:
-        tell(story, directory)
+        if lacking:
+            tell_of_fake(story, directory)
+        else:
+            tell(story, directory)
     except (LibcontainerdError, SurpriseError) as error:
         print(f"demo: failed: {error}", file=sys.stderr)
         return 1
@@ -69,26 +78,55 @@ def tell(story: Story, directory: Path) -> None:
         containerd = int((state / "containerd.pid").read_text().split()[0])
         say(f"pid {containerd}, in {directory}")
     with remote:
-        with story.step("connect") as say:
-            client = remote.new_client(NAMESPACE, CallbackBackend(story.event))
-            say(f"containerd {client.version().version}, namespace {NAMESPACE}")
-        try:
-            live(story, client, rootfs)
-        except BaseException:
-            end_by_force(client)
-            raise
-        with story.step("look for what is left") as say:
-            expect(names_in(remote.address) == [], "containerd still has containers or tasks")
-            expect(os.listdir(state / "bundles" / NAMESPACE) == [], "a bundle is left")
-            say("no container, no task, no process, no FIFO")
+        talk_to(story, remote, rootfs, state, inside="inside")
         with story.step("stop containerd") as say:
             remote.cleanup()
             expect(not is_alive(containerd), f"containerd, pid {containerd}, still runs")
             say("gone")
 
 
-def live(story: Story, client: Client, rootfs: Path) -> None:
-    """Take one container through its life."""
+def tell_of_fake(story: Story, directory: Path) -> None:
+    """The same with a FakeContainerd."""
+    rootfs, state = directory / "rootfs", directory / "state"
+    with story.step("make a root filesystem") as say:
+        rootfs.mkdir()
+        say("empty: the programs are this machine's")
+    with story.step("start a FakeContainerd") as say:
+        fake = FakeContainerd("host")
+        fake.start()
+        say(f"in this process, pid {os.getpid()}, and in {fake.directory}")
+    try:
+        with Remote.connect(fake.address, state_dir=state) as remote:
+            talk_to(story, remote, rootfs, state, inside=os.uname().nodename)
+        with story.step("stop the FakeContainerd") as say:
+            address = fake.address
+            fake.stop()
+            expect(not os.path.exists(address), f"{address} is still there")
+            say("gone")
+    finally:
+        fake.stop()
+
+
+def talk_to(story: Story, remote: Remote, rootfs: Path, state: Path, inside: str) -> None:
+    """Connect to a containerd, let a container live in it, and look for what is left."""
+    with story.step("connect") as say:
+        client = remote.new_client(NAMESPACE, CallbackBackend(story.event))
+        version = client.version()
+        fake = " (a fake)" if "fake" in version.revision else ""
+        say(f"containerd {version.version}{fake}, namespace {NAMESPACE}")
+    try:
+        live(story, client, rootfs, inside)
+    except BaseException:
+        end_by_force(client)
+        raise
+    with story.step("look for what is left") as say:
+        expect(names_in(remote.address) == [], "containerd still has containers or tasks")
+        expect(os.listdir(state / "bundles" / NAMESPACE) == [], "a bundle is left")
+        say("no container, no task, no process, no FIFO")
+
+
+def live(story: Story, client: Client, rootfs: Path, inside: str) -> None:
+    """Take one container through its life; its hostname is known to be `inside`."""
     spec = oci.build(
         oci.default_spec(),
         oci.with_rootfs(rootfs),
@@ -109,11 +147,11 @@ def live(story: Story, client: Client, rootfs: Path) -> None:
 
     with story.step("exec") as say:
         greeting = Stdio()
-        process = oci.exec_process(spec, "sh", "-c", "hostname; exit 7")
+        process = oci.exec_process(spec, "sh", "-c", "uname -n; exit 7")
         client.exec(NAME, "greeting", process, attach_stdio=greeting.attach)
         code = client.wait(NAME, "greeting", timeout=PATIENCE).code
         output = greeting.stdout.line()
-        expect((output, code) == ("inside", 7), f"the exec said {output!r} and ended with {code}")
+        expect((output, code) == (inside, 7), f"the exec said {output!r} and ended with {code}")
         say(f"stdout {output!r}, exit code {code}")
     with story.step("exec on a terminal, resize") as say:
         shell = Stdio()
@@ -320,4 +358,4 @@ def is_alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

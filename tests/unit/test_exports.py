@@ -119,8 +119,9 @@ def test_the_wheel_holds_the_package_and_its_type_marker(tmp_path: Path) -> None
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
 
     tree = {
-        f"libcontainerd/{path.relative_to(SOURCE)}"
-        for path in SOURCE.rglob("*")
+        str(path.relative_to(SOURCE.parent))
+        for package in (SOURCE, SOURCE.parent / "libcontainerd_pytest")
+        for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert "libcontainerd/py.typed" in shipped

@@ -78,7 +78,9 @@ class Attached:
             return attached
         attached = cls(fifos)
         try:
-            attached.direct = DirectIO(fifos, owner=owner, on_stdin_close=on_stdin_close)
+            # The host's root reaches them anyway, and who is not root could not give them to it.
+            mapped = owner if owner != (0, 0) else None
+            attached.direct = DirectIO(fifos, owner=mapped, on_stdin_close=on_stdin_close)
         except OSError as error:
             raise SystemFailureError(f"cannot open the FIFOs {', '.join(fifos.paths)}: {error}") from error
         try:

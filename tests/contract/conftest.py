@@ -1,0 +1,152 @@
+"""One contract, several servers: the fake with either runtime, and every real containerd at hand."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+
+from libcontainerd import Client, Remote
+from libcontainerd.backends import RecordingBackend
+from libcontainerd.testing import FakeContainerd
+from tests.contract import programs
+from tests.contract.servers import Server, Services, Subscription
+from tests.integration.containers import shims_of, wait_until
+
+_used: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+
+_SERVERS = (
+    "fake, scripted runtime",
+    "fake, host runtime",
+    pytest.param("containerd", marks=pytest.mark.real),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count on which servers the tests run."""
+    config.stash[_used] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say it at the end."""
+    for name, count in config.stash.get(_used, {}).items():
+        terminalreporter.write_line(f"contract: {count} tests on {name}")
+
+
+@contextmanager
+def _fake(name: str, rootfs: Path) -> Iterator[Server]:
+    scripted = "scripted" in name
+    with FakeContainerd("scripted" if scripted else "host", stdio_timeout=2.0) as fake:
+        if scripted:
+            programs.script(fake)
+        yield Server(name, fake.address, rootfs, real=False)
+
+
+@contextmanager
+def _real(binary: Path, rootfs: Path) -> Iterator[Server]:
+    directory = Path(tempfile.mkdtemp(prefix="lcd-"))
+    directory.chmod(0o755)
+    try:
+        with Remote.start(directory / "root", directory / "state", binary=str(binary)) as remote:
+            with remote.new_client("version") as client:
+                name = f"containerd {client.version().version}"
+            yield Server(name, remote.address, rootfs, real=True)
+            wait_until(lambda: not shims_of(remote.address), "all shims have ended")
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def make_server(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Server]]:
+    """Starts each server once, when the first test asks for it."""
+    started: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def make(name: str) -> Server:
+            if name not in started:
+                if name == "containerd":
+                    binary: Path = request.getfixturevalue("containerd_binary")
+                    server = _real(binary, request.getfixturevalue("rootfs"))
+                else:
+                    server = _fake(name, Path("/"))
+                started[name] = stack.enter_context(server)
+            return started[name]
+
+        yield make
+
+
+@pytest.fixture(params=_SERVERS)
+def server(
+    request: pytest.FixtureRequest, make_server: Callable[[str], Server], pytestconfig: pytest.Config
+) -> Server:
+    """The server under contract."""
+    made = make_server(request.param)
+    counts = pytestconfig.stash[_used]
+    counts[made.name] = counts.get(made.name, 0) + 1
+    return made
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A namespace of the test's own."""
+    name = f"t-{uuid.uuid4().hex[:10]}"
+    yield name
+    with suppress(FileNotFoundError):  # what runc leaves of a namespace, and shares with other containerds
+        Path("/run/containerd/runc", name).rmdir()
+
+
+@pytest.fixture
+def services(server: Server, namespace: str) -> Iterator[Services]:
+    """The server past the client. What the test leaves in its namespace is removed."""
+    with grpc.insecure_channel(
+        f"unix:{server.address}", options=(("grpc.default_authority", "localhost"),)
+    ) as channel:
+        made = Services(channel, namespace, server.rootfs)
+        try:
+            yield made
+        finally:
+            made.remove_everything()
+
+
+@pytest.fixture
+def backend() -> RecordingBackend:
+    """Keeps the client's events."""
+    return RecordingBackend()
+
+
+@pytest.fixture
+def client(
+    server: Server, namespace: str, backend: RecordingBackend, services: Services, tmp_path: Path
+) -> Iterator[Client]:
+    """A client of the test's namespace."""
+    made = Client(
+        server.address,
+        namespace=namespace,
+        state_dir=tmp_path / "state",
+        backend=backend,
+        default_timeout=20.0,
+    )
+    try:
+        yield made
+    finally:
+        services.remove_everything()
+        made.close()
+
+
+@pytest.fixture
+def subscribe(services: Services) -> Iterator[Callable[..., Subscription]]:
+    """Subscribes past the client: `subscribe("topic~=|^/tasks/|")`, by default to all of the test's namespace."""
+    with ExitStack() as stack:
+
+        def make(*filters: str) -> Subscription:
+            subscription = Subscription(services, filters or (f"namespace=={services.namespace}",))
+            stack.callback(subscription.close)
+            return subscription
+
+        yield make

@@ -193,9 +193,8 @@ class Container:
         with self.changed:
             self.bundle = None
             self.facts = SpecFacts(terminal=False, owner=(0, 0), options=None)
-            if (
-                INIT_PROCESS_NAME in self._exits
-            ):  # the one that is asked for most, and its execs may have outlived it
+            if INIT_PROCESS_NAME in self._exits:
+                # The one that is asked for most, and its execs may have outlived it.
                 self._exits.move_to_end(INIT_PROCESS_NAME)
             for memory in (self._exits, self._runs):
                 while len(memory) > _EXITS_OF_DELETED:

@@ -135,9 +135,8 @@ class Subscriber:
                 self._prover = prover
             try:
                 prover.start()
-            except (
-                RuntimeError
-            ) as error:  # no thread can be had now; without one nobody learns what was missed
+            except RuntimeError as error:
+                # No thread can be had now, and without one nobody learns what was missed.
                 self._log.warning("events_not_resumed", error=str(error))
                 self._closed.wait(_BACKOFF_MOST)
             else:

@@ -178,12 +178,12 @@ class Lease:
             self._shelter.wait(done, deadline.remaining())
         if call.done():
             self._under_way = None
-            try:
+            # A call that failed is its own exception. Its `result` raises it, and its traceback would then hold this frame
+            # and all before it until the collector comes, with whatever the caller has in hand.
+            failure = call.exception()
+            if failure is None:
                 return call.result()
-            except grpc.RpcError as error:
-                raise translate(error, doing) from error
-            finally:
-                del call  # a call that failed raises itself, and so would hold this frame, which holds it
+            raise translate(cast("grpc.RpcError", failure), doing) from failure
         if deadline.remaining() > 0:
             raise CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
         raise DeadlineExceededError(f"cannot {doing}: containerd has not answered in time")

@@ -384,3 +384,48 @@ def test_every_step_may_be_repeated(process: Process) -> None:
         wait_for_nothing(step)
     assert made.finish(drained=True) == []
     assert made.finish(drained=False) == []
+
+
+def test_discard_removes_the_fifos_whatever_goes_wrong(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, io = process.attach_recording()
+
+    def fail() -> None:
+        raise OSError(24, "too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(io.dio, "process_ended", fail)
+        with pytest.raises(OSError, match="too many open files"):
+            made.discard()
+    assert process.files() == []
+    made.discard()
+
+
+def test_the_end_of_a_copy_costs_no_thread(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = process.attach(cio.copy(stdout=lambda data: None))
+    for path in (made.stdout, made.stderr):
+        os.close(os.open(path, os.O_WRONLY))
+    made.process_ended()
+    direct = direct_of(made)
+    eventually(lambda: all(each.drained() for each in direct.outputs), "the end of the copies")
+    monkeypatch.setattr(attached.Attached, "_wait_for_users_io", lambda _: pytest.fail("waited for a copy"))
+    assert made.finish(drained=True) == []
+
+
+def test_what_was_left_to_its_reader_is_closed_when_he_has_come_to_the_end(process: Process) -> None:
+    made, io = process.attach_recording()
+    for path in (made.stdout, made.stderr):
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, b"unread")
+        os.close(fd)
+    made.process_ended()
+    assert len(made.finish(drained=False)) == 2
+    assert not made.finish_late()
+    assert io.dio.stdout.read() == b"unread"
+    assert not made.finish_late()
+    assert io.calls == []
+    assert io.dio.stderr is not None
+    assert io.dio.stderr.read() == b"unread"
+    assert made.finish_late()
+    assert io.calls == ["cancel", "close"]

@@ -409,3 +409,13 @@ def test_a_terminal_is_restored_when_the_program_ends(tmp_path: Path) -> None:
         assert done.stderr == "raw\ndies with the terminal raw\n"
         assert os.read(user, 100) == b"before\r\n", "flushed before the terminal was made raw"
         assert local_flags(program) == ECHO_AND_LINES
+
+
+def test_an_input_that_the_process_was_given_no_stdin_for_is_refused(tmp_path: Path) -> None:
+    with Shim(tmp_path) as shim:
+        inputs: tuple[cio.Input, ...] = (io.BytesIO(b"lost"), lambda: b"lost", b"lost")
+        for stdin in inputs:
+            with pytest.raises(InvalidParameterError, match="say with_stdin=True"):
+                cio.copy(stdin=stdin)(shim.dio)
+        shim.say(b"out")
+        assert shim.dio.stdout.read() == b"out", "nothing was taken out"

@@ -952,3 +952,64 @@ def _asked_for_the_end(done: list[str]) -> int:
     ends = [done.index(step) for step in ("ended", "shut") if step in done]
     before = done[: min(ends, default=len(done))]
     return int("close" in before and "there" in before)
+
+
+# ------------------------------------------------------------------------------------------- collected, and out of descriptors
+
+
+def test_a_copier_is_told_once_of_a_stream_that_is_shut(path: str) -> None:
+    told: list[int] = []
+    for first, second in ((OutputStream.shut, OutputStream.close), (OutputStream.close, OutputStream.shut)):
+        stream = OutputStream(End(path, os.O_RDONLY))
+        stream.on_close = lambda: told.append(1)
+        first(stream)
+        assert told == [1]
+        second(stream)
+        first(stream)
+        assert told == [1]
+        told.clear()
+
+
+@pytest.mark.parametrize("end", [lambda _: None, OutputStream.shut, OutputStream.cancel])
+def test_the_collector_calls_nobody_and_closes_the_descriptor(
+    path: str, end: Callable[[OutputStream], None]
+) -> None:
+    before = open_descriptors()
+    stream = OutputStream(End(path, os.O_RDONLY))
+    end(stream)
+    told: list[int] = []
+    stream.on_close = lambda: told.append(1)  # which may take the very lock that the collected thread holds
+    del stream
+    gc.collect()
+    assert told == []
+    assert open_descriptors() == before
+
+
+def out_of_descriptors(*_: object) -> int:
+    raise OSError(errno.EMFILE, "too many open files")
+
+
+def test_giving_up_needs_no_descriptor(output: OutputStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(os, "eventfd", out_of_descriptors)
+        output._end.interrupt()
+    # It stays in force for whoever blocks from now on.
+    assert Beside(lambda: output._end.poll(select.POLLIN, None)).answer() == 0
+    with monkeypatch.context() as full:
+        full.setattr(os, "eventfd", out_of_descriptors)
+        output.cancel()
+        assert output.read(1) == b""
+
+
+def test_an_stdin_is_given_up_without_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "stdin")
+    os.mkfifo(path)
+    monkeypatch.setattr(os, "eventfd", out_of_descriptors)
+    holder = End(path, os.O_RDWR)
+    stream = InputStream(End(path, os.O_WRONLY), holder, lambda _: None)
+    stream.cancel()
+    stream.process_ended()
+    with pytest.raises(BrokenPipeError):
+        stream.write(b"x")
+    stream.close()
+    assert stream.ended.is_set()

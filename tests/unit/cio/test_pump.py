@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from structlog.testing import capture_logs
 
 from libcontainerd import cio
 from libcontainerd.cio import copying, ends, pump
+from libcontainerd.cio.fifo import End, OutputStream
 from libcontainerd.cio.pump import Copy, Pump
+from tests.unit.beside import Beside
 from tests.unit.cio.shim import (
     DEADLINE,
     Shim,
@@ -1080,3 +1082,22 @@ def test_a_forked_child_starts_afresh(tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+def test_the_collector_may_strike_under_the_pumps_lock(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    streams = [OutputStream(End(str(tmp_path / "fifo"), os.O_RDONLY)) for _ in range(2)]
+    for stream in streams:
+        stream.on_close = Copy(iter_nothing()).cancel
+    streams[0].shut()
+    del stream
+
+    def collect() -> None:
+        with pump._pump._lock:
+            streams.clear()
+
+    Beside(collect).answer()
+
+
+def iter_nothing() -> Generator[ends.Wait, None, None]:
+    yield ()

@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.message import Message
 from structlog.testing import capture_logs
 
+from libcontainerd._events import subscriber as subscriber_module
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Connection, Deadline
 from libcontainerd._wire.pb.events import task_pb2 as task_events
@@ -400,3 +401,55 @@ def test_nothing_is_left_behind(server: Scripted) -> None:
             other.end_streams()
             eventually(lambda watch=watch: watch.resumed == 1, "the subscription's return")  # type: ignore[misc]
             watch.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ it outlives
+
+
+def test_it_goes_on_whatever_grpcio_raises(
+    server: Scripted, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch.open()
+    read = watch.subscriber._read
+    failures = [AttributeError("grpcio's own"), RuntimeError("cannot start new thread")]
+
+    def read_or_fail() -> LibcontainerdError:
+        if failures:
+            raise failures.pop()
+        return read()
+
+    with capture_logs() as logs:
+        monkeypatch.setattr(watch.subscriber, "_read", read_or_fail)
+        server.end_streams()
+        eventually(lambda: watch.resumed == 1, "the stream is read again")
+    assert [each["event"] for each in logs] == ["events_interrupted", "events_resumed"]
+    tell(server, "oom")
+    eventually(lambda: watch.topics() == ["/tasks/oom"], "an event")
+
+
+def test_it_goes_on_when_no_thread_can_be_had(
+    server: Scripted, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriber_module, "_BACKOFF_MOST", 0.01)
+    watch.open()
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if thread.name == "libcontainerd-events-prover" and len(refused) < 2:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    with capture_logs() as logs:
+        server.end_streams()
+        eventually(lambda: watch.resumed == 1, "what was missed is asked for")
+    assert [each["event"] for each in logs] == [
+        "events_interrupted",
+        "events_not_resumed",
+        "events_not_resumed",
+        "events_resumed",
+    ]
+    tell(server, "oom")
+    eventually(lambda: watch.topics() == ["/tasks/oom"], "an event")

@@ -85,6 +85,12 @@ def test_a_timeout_is_positive(seconds: float) -> None:
         Deadline(seconds)
 
 
+@pytest.mark.parametrize("seconds", ["5", None, b"1", [1]])
+def test_a_timeout_is_a_number(seconds: object) -> None:
+    with pytest.raises(InvalidParameterError, match="a positive number of seconds"):
+        Deadline(seconds)  # type: ignore[arg-type] # which is refused
+
+
 def test_a_deadline_runs_down_to_zero_and_not_below() -> None:
     long, short = Deadline(100), Deadline(1e-9)
     assert 99 < long.remaining() <= 100
@@ -561,3 +567,19 @@ def test_closing_from_many_threads(server: Scripted) -> None:
     closers: list[Callable[[], None]] = [connection.close] * 4
     assert race(*closers) == [None] * 4
     assert threading.active_count() < 100
+
+
+def test_a_network_is_asked_whether_it_is_there_and_a_socket_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, int | str]] = []
+
+    def opened(*_: object, options: tuple[tuple[str, int | str], ...]) -> None:
+        seen.append(dict(options))
+
+    monkeypatch.setattr(grpc, "insecure_channel", opened)
+    monkeypatch.setattr(grpc, "secure_channel", opened)
+    open_channel(Address("/run/socket", with_credentials=False))
+    open_channel(Address("tcp://localhost:1", with_credentials=True), grpc.ssl_channel_credentials())
+    local, remote = seen
+    assert not [name for name in local if "keepalive" in name]
+    assert remote["grpc.keepalive_time_ms"] == 300_000, "containerd allows one ping in five minutes"
+    assert "grpc.keepalive_timeout_ms" in remote

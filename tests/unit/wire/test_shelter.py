@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -166,3 +169,20 @@ def test_errors_are_translated(server: Scripted, shelter: Shelter) -> None:
         look(lease)
     assert shelter_module.CLEAN_UP_SECONDS == 45.0
     eventually(lambda: shelter._guests == 0, "the end of the visit")
+
+
+def test_a_call_that_failed_leaves_no_cycle(server: Scripted, shelter: Shelter) -> None:
+    lease = shelter.enter(DOING)
+    gc.collect()
+    gc.disable()
+    try:
+        with lease:
+            for code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE):
+                server.script(GET, fail(code))
+                with suppress(NotFoundError, UnavailableError):
+                    look(lease)
+        gone = weakref.ref(lease)
+        del lease
+        eventually(lambda: gone() is None, "the lease's end without the collector")
+    finally:
+        gc.enable()

@@ -14,7 +14,12 @@ from structlog.testing import capture_logs
 
 from libcontainerd import _bundle
 from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES, Bundle
-from libcontainerd.errors import InvalidParameterError, PermissionDeniedError, SystemFailureError
+from libcontainerd.errors import (
+    ConflictError,
+    InvalidParameterError,
+    PermissionDeniedError,
+    SystemFailureError,
+)
 from tests.unit.beside import race
 
 ROOT = (0, 0)
@@ -310,3 +315,30 @@ def test_a_symbolic_link_in_a_bundle_is_not_followed(state: Path, tmp_path: Path
     os.symlink(precious, os.path.join(bundle.path, "link"))
     bundle.remove()
     assert tree(precious) == ["file"]
+
+
+# -------------------------------------------------------------------------------------------- two containers, one name
+
+
+def test_a_plain_container_does_not_get_a_directory_that_is_anothers(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.mkdir(mode=0o755)
+    taken = Bundle.prepare(str(state), f"web{SUFFIX}", ROOT)
+    assert Bundle.prepare(str(state), f"web{SUFFIX}", ROOT).made == (), "its own it may find there"
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(
+        ConflictError, match=rf"cannot create container 'web{SUFFIX}'.*belongs to {user}:{os.getegid()}"
+    ):
+        Bundle.prepare(str(state), f"web{SUFFIX}", ROOT)
+    assert owner(taken.path) == (user, os.getegid())
+
+
+def test_a_mapped_container_does_not_get_a_directory_that_is_anothers(state: Path) -> None:
+    mapped = os.geteuid(), os.getegid() + 1
+    plain = Bundle.prepare(str(state), f"web.{mapped[0]}.{mapped[1]}", ROOT)
+    with pytest.raises(ConflictError, match=f"belongs to {os.geteuid()}:{os.getegid()}"):
+        Bundle.prepare(str(state), "web", mapped)
+    assert mode(plain.path) == 0o755
+    assert tree(state) == [Path(plain.path).name]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import math
 import os
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from structlog.testing import capture_logs
 
 from libcontainerd import Client, cio, oci
 from libcontainerd import client as client_module
-from libcontainerd._bundle import BUNDLE_LABEL
+from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._events import delivery
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb import wellknown_pb2
@@ -25,6 +30,7 @@ from libcontainerd._wire.pb.events import task_pb2 as task_events
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import event_pb2, task_pb2
+from libcontainerd.cio.attached import Attached
 from libcontainerd.errors import (
     CallCancelledError,
     ConflictError,
@@ -39,7 +45,7 @@ from libcontainerd.errors import (
 )
 from libcontainerd.types import EventInfo, EventType, ExitStatus, Status, Summary, Version
 from tests.unit.beside import DEADLINE, Beside, eventually, race
-from tests.unit.server import Held, Process, Scripted, fail, lose
+from tests.unit.server import Context, Held, Process, Scripted, fail, lose
 
 SPEC = {"ociVersion": "1.0.2", "process": {"args": ["/bin/true"], "cwd": "/"}, "root": {"path": "rootfs"}}
 PROCESS = {"args": ["/bin/true"], "cwd": "/"}
@@ -1156,3 +1162,278 @@ def test_close_from_many_threads_and_from_the_backend(
     server.exit("web")
     eventually(lambda: client.closed, "the close")
     assert race(*[client.close] * 3) == [None] * 3
+
+
+# -------------------------------------------------------------------------------------------- whatever comes in between
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_after_the_deletion_of_a_task_locks_nothing(
+    client: Client, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in ("settle", "finish"):
+        started(client)
+        server.exit("web", code=5)
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(delivery.Delivery, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                client.delete_task("web")
+        assert client.wait("web").code == 5
+        refused(client.delete_task("web", timeout=1), NotFoundError)
+        client.delete("web")
+
+
+def test_an_interrupt_while_a_bundle_is_removed_frees_the_id(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.create("web", SPEC)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Bundle, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.delete("web")
+    client.create("web", SPEC)
+    client.delete("web")
+
+
+def test_a_start_that_cannot_even_be_undone_frees_the_id(
+    client: Client, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(client)
+    server.script("Tasks.Start", fail(INTERNAL))
+    with monkeypatch.context() as broken:
+        broken.setattr(Attached, "discard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.exec("web", "e", PROCESS)
+    assert client.exec("web", "e", PROCESS) > 0
+
+
+def test_a_start_that_fails_for_lack_of_descriptors_leaves_nothing(
+    client: Client, server: Scripted, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(client)
+
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    server.script("Tasks.Start", fail(INTERNAL, "no more"))
+    with monkeypatch.context() as full:
+        full.setattr(os, "eventfd", none_left)
+        with pytest.raises(SystemFailureError, match="no more"):
+            client.exec("web", "e", PROCESS, with_stdin=True, attach_stdio=lambda dio: dio)
+    assert files(state) == ["web"]
+    client.exec("web", "e", PROCESS, with_stdin=True, attach_stdio=lambda dio: dio)
+
+
+def test_an_io_that_cannot_be_given_up_keeps_no_other_from_its_end(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned: list[Attached] = []
+    abandon = Attached.abandon
+
+    def abandon_or_fail(self: Attached) -> None:
+        abandoned.append(self)
+        if len(abandoned) == 1:
+            raise OSError(errno.EMFILE, "too many open files")
+        abandon(self)
+
+    with connect(server, tmp_path) as client:
+        for name in ("web", "db"):
+            started(client, name, attach=lambda dio: dio)
+        with monkeypatch.context() as broken:
+            broken.setattr(Attached, "abandon", abandon_or_fail)
+            client.close()
+        assert len(set(abandoned)) == 2
+        abandon(abandoned[0])
+
+
+def test_a_failed_exec_leaves_nothing_to_the_collector(client: Client, server: Scripted) -> None:
+    class Sink:
+        def __call__(self, data: bytes) -> None:
+            raise AssertionError("nothing was written")
+
+    started(client)
+    sink = Sink()
+    gone = weakref.ref(sink)
+    attach = cio.copy(stdout=sink)
+    gc.collect()
+    gc.disable()
+    try:
+        server.script("Tasks.Start", fail(INTERNAL))
+        with suppress(SystemFailureError):
+            client.exec("web", "e", PROCESS, attach_stdio=attach)
+        del sink, attach
+        eventually(lambda: gone() is None, "the end of the user's destination")
+    finally:
+        gc.enable()
+
+
+def test_a_container_whose_task_another_made_is_not_deleted(client: Client, server: Scripted) -> None:
+    client.create("web", SPEC)
+    server.processes["web", ""] = Process(77)
+    with pytest.raises(FailedPreconditionError, match="a task exists that was not started here"):
+        client.delete("web")
+    assert server.called("Containers.Delete") == []
+    server.script("Tasks.Get", fail(UNAVAILABLE))
+    with pytest.raises(UnavailableError):
+        client.delete("web")
+    server.processes.clear()
+    client.delete("web")
+    assert server.containers == {}
+
+
+@pytest.mark.parametrize(
+    ("timeout", "limits"),
+    [(12, (6, 8)), (0.9, (0, 0.6)), (60, (40, 45)), (math.inf, (math.inf, math.inf))],
+)
+def test_readers_get_most_of_a_deletions_time_and_never_more_than_there_is(
+    client: Client,
+    server: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+    timeout: float,
+    limits: tuple[float, float],
+) -> None:
+    given: list[float] = []
+
+    def drain(_self: object, _container: object, _processes: object, limit: float) -> bool:
+        given.append(limit)
+        return True
+
+    started(client)
+    server.exit("web")
+    client.wait("web")
+    monkeypatch.setattr(delivery.Delivery, "drain", drain)
+    client.delete_task("web", timeout=timeout)
+    (limit,) = given
+    assert limits[0] <= limit <= limits[1]
+
+
+def test_a_wait_is_over_in_time_also_when_containerd_hangs(
+    client: Client, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(client)
+    held = Held()
+    server.script("Tasks.Get", held)
+    waiting = Beside(lambda: client.wait("web", timeout=0.3))
+    assert held.begun.wait(DEADLINE)
+    with pytest.raises(DeadlineExceededError, match="has not ended in time"):
+        waiting.answer(delivery._ASK_SECONDS / 2)
+    assert held.cut.wait(DEADLINE)
+
+
+def test_a_crowd_that_waits_asks_like_one(
+    client: Client, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(client)
+    monkeypatch.setattr(client_module, "_ASK_AGAIN_SECONDS", 0.2)
+    crowd = [Beside(lambda: client.wait("web")) for _ in range(20)]
+    server.wait_for("Tasks.Get", 2)
+    server.exit("web", code=5)
+    assert {each.answer().code for each in crowd} == {5}
+    asked = len(server.called("Tasks.Get"))
+    assert asked < len(crowd), "not each for itself"
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("signal_process", ("web", "init", "KILL")),
+        ("signal_process", ("web", "init", None)),
+        ("resize_terminal", ("web", "init", "80", 24)),
+        ("resize_terminal", ("web", "init", 80, None)),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_our_words(
+    client: Client, verb: str, arguments: tuple[object, ...]
+) -> None:
+    started(client)
+    with pytest.raises(InvalidParameterError):
+        getattr(client, verb)(*arguments)
+    with pytest.raises(InvalidParameterError, match="a positive number of seconds"):
+        client.status("web", timeout="5")  # type: ignore[arg-type] # which is refused
+
+
+def test_a_forked_child_leaves_its_parents_clients_alone(
+    client: Client, server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        own = connect(server, tmp_path / "own")
+        client_module._close_at_exit()
+    assert own.closed
+    assert not client.closed
+    own.close()
+
+
+# ---------------------------------------------------------------------------------------- what ends before it has started
+
+
+class EndsAtOnce:
+    """A start that is answered late: after the process's end is known, and its deletion, if there is one, was done."""
+
+    def __init__(self, server: Scripted, exec_id: str, deletion: str) -> None:
+        self.server = server
+        self.exec_id = exec_id
+        self.deletion = deletion
+        self.overtaken = False
+        self._deleted = threading.Event()
+
+    def __call__(self, context: Context, go_on: Callable[[], Message]) -> Message:
+        done = go_on()
+        self.server.script(self.deletion, self._delete)
+        self.server.exit("web", self.exec_id, 3)
+        self.overtaken = self._deleted.wait(
+            0.3
+        )  # the time that containerd takes; a client that waits needs none
+        if self.overtaken:
+            context.abort(grpc.StatusCode.NOT_FOUND, "process does not exist: not found")
+        return done
+
+    def _delete(self, context: Context, go_on: Callable[[], Message]) -> Message:
+        self._deleted.set()
+        return go_on()
+
+
+def test_an_exec_that_ends_at_once_is_not_deleted_before_its_start_is_answered(
+    client: Client, server: Scripted, backend: Recorder
+) -> None:
+    started(client)
+    start = EndsAtOnce(server, "e", "Tasks.DeleteProcess")
+    server.script("Tasks.Start", start)
+    assert client.exec("web", "e", PROCESS) > 0
+    assert not start.overtaken
+    assert backend.wait_for_exit("e") == 3
+    server.wait_for("Tasks.DeleteProcess")
+    assert client.wait("web", "e").code == 3
+
+
+def test_a_task_that_the_backend_deletes_at_once_is_not_deleted_before_its_start_is_answered(
+    client: Client, server: Scripted, backend: Recorder
+) -> None:
+    deleted: list[ExitStatus] = []
+
+    def delete(event: EventType, info: EventInfo) -> None:
+        if event is EventType.EXIT:
+            deleted.append(client.delete_task("web"))
+
+    backend.then = delete
+    client.create("web", SPEC)
+    start = EndsAtOnce(server, "", "Tasks.Delete")
+    server.script("Tasks.Start", start)
+    assert client.start("web") > 0
+    assert not start.overtaken
+    eventually(lambda: [each.code for each in deleted] == [3], "the deletion")
+    client.delete("web")
+
+
+def test_a_start_is_undone_although_the_connection_breaks_again(client: Client, server: Scripted) -> None:
+    client.create("web", SPEC)
+    server.script("Tasks.Start", lose(UNAVAILABLE))
+    server.script("Tasks.Kill", fail(UNAVAILABLE))
+    server.script("Tasks.Delete", fail(UNAVAILABLE), lose(UNAVAILABLE))
+    with capture_logs() as logs, pytest.raises(UnavailableError):
+        client.start("web")
+    assert server.processes == {}
+    assert [each for each in logs if each["event"] == "clean_up_failed"] == []

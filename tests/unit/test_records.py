@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -831,3 +832,83 @@ def test_threads_that_reserve_claim_and_forget_leave_an_empty_record() -> None:
     assert container.running() == [task]
     assert Counter(info.pid for info in reports).most_common(1)[0][1] == 1
     assert len(reports) == 240
+
+
+# ---------------------------------------------------------------------------------------------- what the memory can afford
+
+
+def test_little_is_kept_of_a_deleted_container_and_its_inits_exit_is_part_of_it() -> None:
+    containers = ContainerMap()
+    container = containers.reserve("web")
+    container.publish(Bundle("/run/web", (0, 0)), FACTS)
+    task = running_task(container)
+    execs = [running_exec(container, f"e{number}", 200 + number) for number in range(100)]
+    container.note_exit(task, FIFTH)
+    for each in execs:
+        container.note_exit(each, FIFTH)
+        assert container.claim_report(each)
+        container.forget(each)
+    assert container.claim_report(task)
+    container.forget(task)
+    containers.remove(container)
+
+    kept = containers.deleted("web")
+    assert kept is not None
+    assert kept.last_exit("init") == FIFTH
+    assert kept.last_exit("e99") == FIFTH
+    assert kept.last_exit("e0") is None
+    assert len(kept._exits) == len(kept.runs()) == _records._EXITS_OF_DELETED
+    assert kept.bundle is None
+
+
+def test_the_whole_memory_is_of_thousands_and_not_of_millions() -> None:
+    assert _records._CONTAINERS_REMEMBERED * _records._EXITS_OF_DELETED <= 10_000
+
+
+class RemovingLock:
+    """A map's lock that lets another thread remove a container whenever it is given back."""
+
+    def __init__(self, containers: ContainerMap, container: Container) -> None:
+        self._lock = containers._lock
+        self._containers: ContainerMap | None = containers
+        self._container = container
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        containers, self._containers = self._containers, None
+        if containers is not None:
+            containers.remove(self._container)
+
+
+def test_an_id_that_is_freed_while_it_is_taken_again_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    containers = ContainerMap()
+    old = containers.reserve("web")
+    task = running_task(old)
+    assert old.apply(EventType.EXIT, exit_of("web", 100))
+    old.forget(task)
+
+    monkeypatch.setattr(containers, "_lock", RemovingLock(containers, old))
+    try:
+        fresh = containers.reserve("web")
+    except ConflictError:
+        fresh = containers.reserve("web")
+    assert fresh.apply(EventType.EXIT, exit_of("web", 100)) is None, "told already, by the old container"
+
+
+def test_a_question_is_asked_once_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    container = made()
+    task, other = running_task(container), running_exec(container)
+    assert container.claim_question(task, 5)
+    assert not container.claim_question(task, 5)
+    assert container.claim_question(other, 5)
+    now[0] += 4.9
+    assert not container.claim_question(task, 5)
+    now[0] += 0.2
+    assert container.claim_question(task, 5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from datetime import UTC, datetime
 
 import pytest
 
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
+    Backend,
     EventInfo,
     EventType,
     ExitStatus,
@@ -46,3 +48,17 @@ def test_answers_unpack_in_the_originals_order() -> None:
     assert (code, exited_at, error) == (5, now, None)
     assert tuple(Summary(1, "init")) == (1, "init")
     assert tuple(Version("1.6.20", "rev")) == ("1.6.20", "rev")
+
+
+class Terse:
+    """A backend that has names of its own for what it is given, and an answer that nobody looks at."""
+
+    def process_event(self, cid: str, kind: EventType, facts: EventInfo) -> bool:
+        return bool(cid and kind and facts)
+
+
+def test_a_backend_is_called_by_position_and_may_answer_what_it_likes() -> None:
+    backend: Backend = Terse()  # the type checker's part of this test
+    assert backend.process_event("web", EventType.EXIT, EventInfo("web")) is True
+    parameters = list(inspect.signature(Backend.process_event).parameters.values())
+    assert {each.kind for each in parameters} == {inspect.Parameter.POSITIONAL_ONLY}

@@ -25,6 +25,7 @@ from libcontainerd import (
     ConflictError,
     DeadlineExceededError,
     EventType,
+    FailedPreconditionError,
     InvalidParameterError,
     LibcontainerdError,
     NotFoundError,
@@ -451,6 +452,23 @@ def test_a_task_made_past_us_is_a_conflict_and_stays(client: Client, raw: Raw, s
     raw.delete_task("c")
     assert run_task(client, "c").status.code == 3
     client.delete("c")
+
+
+def test_a_container_whose_task_was_made_past_us_is_not_deleted(
+    client: Client, raw: Raw, spec: MakeSpec
+) -> None:
+    client.create("c", spec(*SLEEP))
+    raw.create_task("c")
+    raw.start_task("c")
+    with pytest.raises(FailedPreconditionError, match="cannot delete container 'c': a task exists"):
+        client.delete("c")
+    raw.kill("c")
+    wait_until(lambda: stopped(raw, "c"), "its end")
+    with pytest.raises(FailedPreconditionError):
+        client.delete("c")
+    raw.delete_task("c")
+    client.delete("c")
+    assert not raw.container_ids()
 
 
 def test_a_task_made_past_us_while_we_start_is_a_conflict_and_stays(

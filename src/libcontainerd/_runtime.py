@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import DecodeError, Message
@@ -20,6 +21,41 @@ if TYPE_CHECKING:
 
 _NO_PIVOT_ROOT: Final = "DOCKER_RAMDISK"
 """The environment variable that says the root file system is a ramdisk, which pivot_root cannot leave."""
+
+
+_RUNC: Final = re.compile(r"io\.containerd\.runc\.v[12]")
+
+
+def options_for(
+    runtime: str, options: Message | Mapping[str, object] | None, defaults: Options | None
+) -> Options | None:
+    """Read a user's runc options, on top of a client's own for containers of runc's shim.
+
+    Raises:
+        InvalidParameterError: as `read_runtime_options`.
+    """
+    read = read_runtime_options(options)
+    if defaults is None or not _RUNC.fullmatch(runtime):
+        return read
+    both = Options()
+    both.CopyFrom(defaults)
+    if read is not None:
+        both.MergeFrom(read)
+    return both
+
+
+def with_own_cgroup(spec: oci.Spec, namespace: str, container_id: str, options: Options | None) -> oci.Spec:
+    """Give a spec that names no cgroup one of its own; the spec is changed.
+
+    runc would name it by the container's id alone, and containers of one id in two namespaces would share it: their limits,
+    and being paused. An empty path in the spec asks for just that; who is not root has no cgroup to give; and systemd has
+    names of its own.
+    """
+    systemd = options is not None and options.systemd_cgroup
+    if spec.linux is not None and spec.linux.cgroups_path is None and not systemd and os.geteuid() == 0:
+        # No directory of the namespace's, as ctr makes one: nobody would remove it.
+        spec.linux.cgroups_path = f"/{container_id}@{namespace}"
+    return spec
 
 
 def read_runtime_options(options: Message | Mapping[str, object] | None) -> Options | None:

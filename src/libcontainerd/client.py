@@ -27,7 +27,14 @@ from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
-from libcontainerd._runtime import check_labels, mapped_root, read_runtime_options, task_options
+from libcontainerd._runtime import (
+    check_labels,
+    mapped_root,
+    options_for,
+    read_runtime_options,
+    task_options,
+    with_own_cgroup,
+)
 from libcontainerd._stdin import StdinCloser
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import Address, Connection, Deadline, NotSentError
@@ -109,6 +116,7 @@ class Client:
         runtime: str = "io.containerd.runc.v2",
         default_timeout: float = 60.0,
         credentials: grpc.ChannelCredentials | None = None,
+        runtime_options: Message | Mapping[str, object] | None = None,
     ) -> None:
         """Connect, and return once no event of the namespace can be missed any more.
 
@@ -120,6 +128,7 @@ class Client:
             runtime: The shim's name for containers that name none, or the absolute path of a shim.
             default_timeout: Seconds for a call that names none.
             credentials: grpcio's channel credentials, for TCP.
+            runtime_options: runc's options for containers of runc's shim, under those that `create` is given.
 
         Raises:
             InvalidParameterError: an argument cannot be used.
@@ -144,6 +153,7 @@ class Client:
 
         self._namespace = namespace
         self._runtime = runtime
+        self._runtime_options = read_runtime_options(runtime_options)
         self._default_timeout = default_timeout
         self._log = _log.bind(namespace=namespace)
         self._containers = ContainerMap()
@@ -216,7 +226,9 @@ class Client:
         Args:
             container_id: By containerd's rule: 76 characters at most, alphanumeric groups joined by single ``.``, ``_``
                 or ``-``.
-            spec: An OCI runtime spec, or a mapping that validates as one.
+            spec: An OCI runtime spec, or a mapping that validates as one. Its ``root.path`` should be absolute: a relative one
+                is taken from containerd's own bundle. A ``cgroupsPath`` that is not set becomes ``/ID@NAMESPACE`` for root;
+                an empty one is left to runc.
             runtime_options: runc's options, as a message or as a mapping of its fields (``binary_name``, ``root``,
                 ``systemd_cgroup`` and so on).
             runtime: The shim for this container.
@@ -232,9 +244,9 @@ class Client:
         doing = f"create container {container_id!r}"
         check_identifier("container id", container_id)
         deadline = self._deadline(timeout)
-        model = oci.parse_spec(spec)
+        options = options_for(runtime or self._runtime, runtime_options, self._runtime_options)
+        model = with_own_cgroup(oci.parse_spec(spec), self._namespace, container_id, options)
         document = oci.dump(model)
-        options = read_runtime_options(runtime_options)
         facts = SpecFacts(
             terminal=bool(model.process is not None and model.process.terminal),
             owner=mapped_root(model),
@@ -403,8 +415,8 @@ class Client:
         Raises:
             NotFoundError: there is no such container.
             ConflictError: it is started already, or just being started.
-            InvalidParameterError: an argument cannot be used, or the program to run is not there. After this, as after
-                any error, no task, FIFO, record or descriptor of this start is left.
+            InvalidParameterError: an argument cannot be used, or the program is not there. After any error no task, FIFO,
+                record or descriptor of this start is left.
         """
         if checkpoint_dir is not None:
             raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
@@ -430,7 +442,10 @@ class Client:
                 deadline=deadline,
             )
             container.advance(task, Step.CREATE, created.pid)
-            attached.process_is_there()
+            if (
+                not terminal
+            ):  # the end of a terminal's input is a hang-up, which no process would live to be started
+                attached.process_is_there()
             started = calls.call(
                 calls.tasks.Start,
                 tasks_pb2.StartRequest(container_id=container_id),
@@ -438,6 +453,7 @@ class Client:
                 deadline=deadline,
             )
             container.advance(task, Step.START, started.pid)
+            attached.process_is_there()
         return started.pid or created.pid
 
     def exec(
@@ -459,8 +475,8 @@ class Client:
             container_id: A container whose task runs.
             process_id: The exec's id, by containerd's rule; unique among the container's execs.
             process: What to run, as the spec's ``process``, or a mapping that validates as one.
-            with_stdin: As for `start`.
-            attach_stdio: As for `start`.
+            with_stdin: As for `start`, like the rest.
+            attach_stdio: See `start`.
             timeout: See the class.
 
         Returns:
@@ -763,9 +779,8 @@ class Client:
         Output that was written before the exit has reached the attached IO when this returns, as long as its reader takes
         at least a byte in five seconds, and there is time.
 
-        Like the original's, this raises nothing of what can go wrong between here and containerd: the code is then 255,
-        the time now, and ``error`` says why. The task's record stays in that case, and the call can be repeated, except
-        when containerd no longer knows the task.
+        Like the original's, this raises nothing of what can go wrong between here and containerd: the code is then 255, the
+        time now, ``error`` says why, and the call can be repeated unless containerd no longer knows the task.
         """
         deadline = self._deadline(timeout)
         try:

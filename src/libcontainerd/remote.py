@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from libcontainerd.types import Backend
 
 _BUNDLES: Final = "bundles"
+_RUNC_ROOT: Final = "runc"
 
 
 class Remote:
@@ -40,6 +41,7 @@ class Remote:
         default_timeout: float,
         credentials: grpc.ChannelCredentials | None = None,
         supervisor: Supervisor | None = None,
+        runtime_options: Mapping[str, object] | None = None,
     ) -> None:
         """Use `connect` or `start` instead."""
         self.address = address
@@ -48,6 +50,7 @@ class Remote:
         self._default_timeout = default_timeout
         self._credentials = credentials
         self._supervisor = supervisor
+        self._runtime_options = runtime_options
         self._lock = threading.Lock()  # guards the two below; nothing is called while it is held
         self._clients: list[Client] = []
         self._cleaned_up = False
@@ -112,7 +115,7 @@ class Remote:
 
         Args:
             root_dir: An absolute path for what containerd keeps: content, snapshots, metadata.
-            state_dir: An absolute path for what is running: sockets, shims' state, the clients' FIFOs.
+            state_dir: An absolute path for what is running: sockets, shims' and runc's state, the clients' FIFOs.
             address: The socket's path; by default ``containerd.sock`` in `state_dir`.
             uid: The socket's owner.
             gid: The socket's group.
@@ -162,6 +165,8 @@ class Remote:
             runtime=runtime,
             default_timeout=default_timeout,
             supervisor=supervisor,
+            # All containerds of a machine would otherwise share runc's own, and containers of one name would be one there.
+            runtime_options={"root": os.path.join(bundles_dir, _RUNC_ROOT)},
         )
 
     def __enter__(self) -> Self:
@@ -177,6 +182,12 @@ class Remote:
             LibcontainerdError: as `Client` does; `CallCancelledError` after `cleanup`.
         """
         check_identifier("namespace", namespace)
+        with self._lock:
+            late = self._cleaned_up
+        if late:
+            raise CallCancelledError(
+                f"cannot make a client of namespace {namespace!r}: the remote was cleaned up"
+            )
         client = Client(
             self.address,
             namespace=namespace,
@@ -185,6 +196,7 @@ class Remote:
             runtime=self._runtime,
             default_timeout=self._default_timeout,
             credentials=self._credentials,
+            runtime_options=self._runtime_options,
         )
         with self._lock:
             late = self._cleaned_up

@@ -187,8 +187,9 @@ def copy(
     discarded, so that the process is never blocked by it. One that is given for both streams is called from two threads.
 
     Input comes from bytes; from a callable, whose ``b""`` is the end; from a binary file object; from a socket; or from
-    a descriptor. At its end the process's input ends. None leaves ``DirectIO.stdin`` open and yours to use; for an
-    empty input, give ``b""``. Sockets and descriptors are waited for without a thread. A callable, a buffered reader that
+    a descriptor. At its end the process's input ends; but not with a terminal, where that would be a hang-up: there, send what
+    a user would type (Ctrl-D is byte 4), or close ``DirectIO.stdin`` to hang up. None leaves ``DirectIO.stdin`` open and yours
+    to use; for an empty input, give ``b""``. Sockets and descriptors are waited for without a thread. A callable, a buffered reader that
     something has been read of, and a file object without a descriptor keep a thread until their call returns, also
     after `IO.cancel`.
 
@@ -244,7 +245,7 @@ def terminal(stdin: int | None = None, stdout: int | None = None) -> StdioCallba
         raw = _RawMode(source) if dio.stdin is not None and os.isatty(source) else None
         try:
             feed = source if dio.stdin is not None else None
-            return CopyIO(dio, *_copies(dio, feed, target, target), raw=raw)
+            return CopyIO(dio, *_copies(dio, feed, target, target, hang_up=True), raw=raw)
         except BaseException:
             if raw is not None:
                 raw.restore()
@@ -254,16 +255,21 @@ def terminal(stdin: int | None = None, stdout: int | None = None) -> StdioCallba
 
 
 def _copies(
-    dio: DirectIO, stdin: Input | None, stdout: Output | None, stderr: Output | None
+    dio: DirectIO,
+    stdin: Input | None,
+    stdout: Output | None,
+    stderr: Output | None,
+    *,
+    hang_up: bool = False,
 ) -> tuple[Copy | None, list[Copy]]:
-    """Prepare the copies of stdin, and of the outputs."""
+    """Prepare the copies of stdin, and of the outputs; with `hang_up` the end of the source is that of a terminal."""
     feed = None
     if stdin is not None:
         if dio.stdin is None:
             raise InvalidParameterError(
                 "there is an stdin to copy, and the process was given none: say with_stdin=True"
             )
-        feed = Copy(copy_input(dio.stdin, open_source(stdin)))
+        feed = Copy(copy_input(dio.stdin, open_source(stdin), stays_open=dio.config.terminal and not hang_up))
     outputs = [_output(dio.stdout, stdout, "stdout")]
     if dio.stderr is not None:
         outputs.append(_output(dio.stderr, stderr, "stderr"))

@@ -90,10 +90,11 @@ class _Outlet:
             return act(self._sink)
 
 
-def copy_input(stream: InputStream, source: Source) -> Steps:
+def copy_input(stream: InputStream, source: Source, *, stays_open: bool = False) -> Steps:
     """Move a source into a process's stdin until its end, then close stdin.
 
-    The process's end, told by a broken pipe, ends it quietly. A source that fails is logged, and ends the input.
+    The process's end, told by a broken pipe, ends it quietly. A source that fails is logged, and ends the input. Where
+    stdin `stays_open`, on a terminal, it does not end: that would be a hang-up, and the process killed over what it was told.
     """
     try:
         yield from _feed(stream, source)
@@ -101,7 +102,8 @@ def copy_input(stream: InputStream, source: Source) -> Steps:
         return
     except BrokenPipeError:  # the process has ended
         pass
-    stream.close()
+    if not stays_open:
+        stream.close()
 
 
 def _feed(stream: InputStream, source: Source) -> Steps:

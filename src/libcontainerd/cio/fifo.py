@@ -88,7 +88,7 @@ class FifoSet:
         """Make the FIFOs that are missing, and say which.
 
         Args:
-            owner: uid and gid they shall belong to; None leaves them ours.
+            owner: uid and gid they shall belong to; None, and root's, leave them ours.
         """
         made: list[str] = []
         try:
@@ -97,7 +97,7 @@ class FifoSet:
                     os.mkfifo(path, _FIFO_MODE)
                     made.append(path)
                     os.chmod(path, _FIFO_MODE)  # whatever the umask says
-                    if owner is not None:
+                    if owner is not None and owner != (0, 0):
                         os.chown(path, *owner)
         except BaseException:
             unlink(made)

@@ -76,6 +76,10 @@ def build(spec: Spec, *options: SpecOption) -> Spec:
             option.apply(built)
         else:
             built = option(built)
+            if not isinstance(built, Spec):
+                raise InvalidParameterError(
+                    f"{option!r} returned no Spec: an option is called with its values first, as in with_args('sh')"
+                )
     return built
 
 

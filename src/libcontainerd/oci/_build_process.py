@@ -204,7 +204,8 @@ def with_rootfs(path: str | os.PathLike[str], *, readonly: bool = False) -> Spec
     Root(path='/var/lib/app/rootfs', readonly=True)
 
     Args:
-        path: The directory on the host; a relative one is taken from the bundle, which containerd keeps.
+        path: The directory on the host, absolute. (A relative one is taken from the bundle that containerd keeps, where
+            nothing is.)
         readonly: Mount it read-only; mounts on top, such as `/dev` and `/run`, stay as they are.
     """
     directory = os.fspath(path)

@@ -505,16 +505,15 @@ class Task:
                 for each in (self.init, *self._running_execs())
                 if each.execution is not None
             ]
-        found = []
-        for exec_id, execution in named:
-            for pid in execution.pids():
-                details = (
-                    typeurl.pack(ProcessDetails(exec_id=exec_id))
-                    if exec_id and pid == execution.pid
-                    else None
-                )
-                found.append(task_pb2.ProcessInfo(pid=pid, info=details))
-        return found
+        execs = {execution.pid: exec_id for exec_id, execution in named if exec_id}
+        pids = dict.fromkeys(pid for _, execution in named for pid in execution.pids())
+        return [
+            task_pb2.ProcessInfo(
+                pid=pid,
+                info=typeurl.pack(ProcessDetails(exec_id=execs[pid])) if pid in execs else None,
+            )
+            for pid in pids
+        ]
 
     def metrics(self) -> Metrics:
         """What its processes use."""

@@ -164,6 +164,10 @@ def test_output_that_a_child_holds_is_given_up_after_two_seconds(client: Client,
 
     assert 1.5 < time.monotonic() - begin < 5
     assert out.read_bytes() == b"done\n"
+    init, child = client.list_pids("c")  # which lives on, as long as init
+    client.signal_process("c", "init", signal.SIGKILL)
+    client.wait("c")
+    wait_until(lambda: not alive(init) and not alive(child), "both are gone")
 
 
 def test_a_terminal_is_a_real_one(client: Client) -> None:

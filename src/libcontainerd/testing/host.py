@@ -15,6 +15,7 @@ import subprocess
 import termios
 import threading
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,7 +32,7 @@ from libcontainerd.testing.processes import Execution, ProcessSpec, RuntimeFailu
 from libcontainerd.testing.stdio import StdioClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from libcontainerd.testing.stdio import ShimStdio
 
@@ -39,6 +40,7 @@ _CHUNK: Final = 32 << 10
 _DRAIN_SECONDS: Final = 2.0  # how long the shim of 1.6 waits for output that a child still holds
 _END_SECONDS: Final = 5.0
 _SHELL: Final = "/bin/sh"
+_MARKER: Final = "LIBCONTAINERD_FAKE"
 # The process exists from Create on, and runs from Start on: it stops itself until then, under the pid that it keeps.
 _LAUNCH: Final = 'kill -STOP $$; exec "$@"'
 # The first terminal that a session's leader opens becomes the session's own.
@@ -46,7 +48,14 @@ _LAUNCH_IN_TERMINAL: Final = f'exec <>"$0" >&0 2>&0; {_LAUNCH}'
 
 
 class HostRuntime:
-    """Runs processes on this machine."""
+    """Runs processes on this machine.
+
+    What belongs to a container is known by a variable in its environment, which children inherit: that stands for the pid
+    namespace that there is not.
+    """
+
+    def __init__(self) -> None:
+        self._id = uuid.uuid4().hex
 
     def create(self, spec: ProcessSpec, stdio: ShimStdio, on_exit: Callable[[int], None]) -> HostProcess:
         """Make a process that waits to be started."""
@@ -56,13 +65,15 @@ class HostRuntime:
         if spec.root.startswith("/") and not spec.exec_id and not os.path.isdir(spec.root):
             raise RuntimeFailure(f"invalid rootfs: stat {spec.root}: no such file or directory")
         environment = _environment(spec)
+        environment[_MARKER] = f"{self._id}/{spec.namespace}/{spec.container_id}"
         cwd = _working_directory(spec)
         program = _find_program(spec, environment, cwd)
-        return HostProcess([program, *spec.args[1:]], environment, cwd, stdio, on_exit)
+        command = [program, *spec.args[1:]]
+        return HostProcess(command, environment, cwd, stdio, on_exit, init=not spec.exec_id)
 
     def metrics(self, executions: list[Execution]) -> Metrics:
         """What the processes use, as /proc tells it."""
-        pids = [pid for each in executions for pid in each.pids()]
+        pids = {pid for each in executions for pid in each.pids()}
         ticks, pages = 0, 0
         for pid in pids:
             with suppress(OSError, ValueError, IndexError):
@@ -78,10 +89,12 @@ class HostRuntime:
 
 
 class HostProcess:
-    """One process, its session, and the copying of its stdio. Thread-safe.
+    """One process, what belongs to it, and the copying of its stdio. Thread-safe.
+
+    To init belongs everything in its container; to an exec, itself alone: what it leaves behind lives as long as init.
 
     Attributes:
-        pid: Its pid, and that of the session that it leads.
+        pid: Its pid.
     """
 
     def __init__(
@@ -91,7 +104,11 @@ class HostProcess:
         cwd: str,
         stdio: ShimStdio,
         on_exit: Callable[[int], None],
+        *,
+        init: bool,
     ) -> None:
+        self._marker = f"{_MARKER}={environment[_MARKER]}".encode()
+        self._init = init
         self._stdio = stdio
         self._on_exit = on_exit
         self._reported = False
@@ -215,7 +232,7 @@ class HostProcess:
 
     def _wait(self) -> None:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self._signal_session(signal.SIGKILL)  # as the end of a pid namespace's init ends the others in it
+        self._signal_all(signal.SIGKILL)  # as the end of a pid namespace's init ends the others in it
         with self._lock:
             self._reaped = True
         code = self._popen.wait()
@@ -228,7 +245,7 @@ class HostProcess:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    def _signal_session(self, number: int) -> None:
+    def _signal_all(self, number: int) -> None:
         for pid in self.pids():
             self._send(pid, number)
 
@@ -239,12 +256,12 @@ class HostProcess:
         self._send(self.pid, number)
 
     def pause(self) -> None:
-        """Stop every process of its session."""
-        self._signal_session(signal.SIGSTOP)
+        """Stop what belongs to it."""
+        self._signal_all(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let them go on."""
-        self._signal_session(signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
 
     def resize(self, width: int, height: int) -> None:
         """Set its terminal's size."""
@@ -253,15 +270,11 @@ class HostProcess:
                 fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def pids(self) -> list[int]:
-        """The pids of its session, its own first."""
-        found = []
-        for name in os.listdir("/proc"):
-            if name.isdecimal():
-                with suppress(OSError, ValueError, IndexError):
-                    fields = _stat(int(name))
-                    if int(fields[3]) == self.pid and fields[0] != "Z":
-                        found.append(int(name))
-        return sorted(found, key=lambda pid: (pid != self.pid, pid))
+        """The pids of what belongs to it, its own first."""
+        found = [] if self._reaped else [self.pid]
+        if self._init:
+            found += sorted(pid for pid in _pids_marked(self._marker) if pid != self.pid)
+        return found
 
     # ----------------------------------------------------------------------------------------------------------- its end
 
@@ -277,7 +290,7 @@ class HostProcess:
         if not self._released.acquire(blocking=False):
             return
         self._silent = True
-        self._signal_session(signal.SIGKILL)
+        self._signal_all(signal.SIGKILL)
         if threading.current_thread() is not self._waiter:
             self._waiter.join(_END_SECONDS)
         os.eventfd_write(self._stop, 1)
@@ -292,6 +305,15 @@ class HostProcess:
             if fd >= 0:
                 os.close(fd)
         self._master = self._stop = -1
+
+
+def _pids_marked(marker: bytes) -> Iterator[int]:
+    """Yield the pids of the processes that have a variable in their environment; zombies have none."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with suppress(OSError):
+                if marker in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    yield int(name)
 
 
 def _stat(pid: int) -> list[str]:

@@ -52,11 +52,18 @@ _PLUGINS: Final = (
 
 
 class Version(VersionServicer):
-    """The version service."""
+    """The version service.
+
+    Args:
+        isolated: Whether no process of this server touches the machine.
+    """
+
+    def __init__(self, *, isolated: bool) -> None:
+        self._revision = REVISION if isolated else f"{REVISION}-unisolated"
 
     def Version(self, request: Empty, context: grpc.ServicerContext) -> VersionResponse:  # noqa: ARG002 - gRPC's form
         """Tell the version whose behaviour this is, and by the revision that it is not the real one."""
-        return VersionResponse(version=VERSION, revision=REVISION)
+        return VersionResponse(version=VERSION, revision=self._revision)
 
 
 class Introspection(introspection_pb2.IntrospectionServicer):

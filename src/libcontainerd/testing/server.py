@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import threading
@@ -48,6 +47,10 @@ _MOST_CALLS: Final = 2000
 _GRACE_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 16 << 20
+
+
+def _socket_in(directory: Path) -> Path:
+    return directory / "c.sock"
 
 
 class FakeContainerd:
@@ -114,7 +117,7 @@ class FakeContainerd:
     @property
     def address(self) -> str:
         """The socket's path, for `Client` and for ``ctr -a``."""
-        return str(self.directory / "c.sock")
+        return str(_socket_in(self.directory))
 
     @property
     def directory(self) -> Path:
@@ -191,7 +194,7 @@ class FakeContainerd:
             Images(self._store, self._exchange),
             Leases(self._store),
             Namespaces(self._store, self._exchange),
-            Version(),
+            Version(isolated=self._scripted is not None),
             self._introspection,
             self._content,
             snapshots,
@@ -199,14 +202,9 @@ class FakeContainerd:
         )
         server.add_generic_rpc_handlers(tuple(service.generic_handler() for service in services))
         health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
-        server.add_insecure_port(f"unix:{self.address_in(self.directory)}")
+        server.add_insecure_port(f"unix:{self.address}")
         server.start()
         self._server, self._executor = server, executor
-
-    @staticmethod
-    def address_in(directory: Path) -> str:
-        """The socket's path in a directory."""
-        return str(directory / "c.sock")
 
     def _shut(self) -> None:
         """Stop serving.
@@ -234,9 +232,7 @@ class FakeContainerd:
             self._unlink_socket()
 
     def _unlink_socket(self) -> None:
-        path = self.address_in(self.directory)
-        if os.path.lexists(path):
-            os.unlink(path)
+        _socket_in(self.directory).unlink(missing_ok=True)
 
     def go_up(self, *, state: bool = True, keep_ended: bool = True) -> None:
         """Serve again.

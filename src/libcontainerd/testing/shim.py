@@ -81,6 +81,7 @@ class Task:
         # Guards what follows and every Process. No RPC, runtime or stdio is called under it; waiters wait on it.
         self.changed = threading.Condition(threading.RLock())
         self.dead = False
+        self.creating = True
         self.updates: list[Mapping[str, object]] = []
         self.execs: dict[str, Process] = {}
         self.restored = request.HasField("checkpoint")
@@ -136,6 +137,8 @@ class Task:
         if not self.restored:
             self._make(self.init, doing, "OCI runtime create failed: runc create failed")
             self._open(self.init, f"{doing}: failed to start io pipe copy: unable to copy pipes")
+        with self.changed:
+            self.creating = False
         request = self._request
         self._publish(
             "/tasks/create",
@@ -401,6 +404,16 @@ class Task:
         self._release(process)
         return process
 
+    def give_up_opening(self) -> None:
+        """The server goes away: whoever waits for a client's readers shall not hold it up."""
+        with self.changed:
+            waiting = [each for each in (self.init, *self.execs.values()) if each.starting]
+            if self.creating:
+                waiting.append(self.init)
+            self.changed.notify_all()
+        for process in waiting:
+            process.stdio.give_up_opening()
+
     def die(self, *, told: bool) -> None:
         """The shim is killed: so are its processes, and containerd, if it is up, tells of init alone."""
         with self.changed:
@@ -505,16 +518,15 @@ class Task:
                 for each in (self.init, *self._running_execs())
                 if each.execution is not None
             ]
-        found = []
-        for exec_id, execution in named:
-            for pid in execution.pids():
-                details = (
-                    typeurl.pack(ProcessDetails(exec_id=exec_id))
-                    if exec_id and pid == execution.pid
-                    else None
-                )
-                found.append(task_pb2.ProcessInfo(pid=pid, info=details))
-        return found
+        execs = {execution.pid: exec_id for exec_id, execution in named if exec_id}
+        pids = dict.fromkeys(pid for _, execution in named for pid in execution.pids())
+        return [
+            task_pb2.ProcessInfo(
+                pid=pid,
+                info=typeurl.pack(ProcessDetails(exec_id=execs[pid])) if pid in execs else None,
+            )
+            for pid in pids
+        ]
 
     def metrics(self) -> Metrics:
         """What its processes use."""

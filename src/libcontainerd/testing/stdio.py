@@ -137,6 +137,7 @@ class ShimStdio:
         self._closed = False
         self._input_ready = threading.Event()
         self._opened = threading.Event()
+        self._given_up = threading.Event()
         self._cancelled = threading.Event()
 
     def check(self) -> None:
@@ -168,6 +169,10 @@ class ShimStdio:
             self._sinks[name] = _NullSink() if nowhere else self._open_sink(text, deadline)
         self._opened.set()
 
+    def give_up_opening(self) -> None:
+        """Wait no longer for the client's readers."""
+        self._given_up.set()
+
     def begin_input(self) -> None:
         """Open the input, soon and in the background: Create, or an exec's Start, has been answered. Idempotent."""
         with self._lock:
@@ -195,7 +200,7 @@ class ShimStdio:
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
-            if time.monotonic() > deadline or self._cancelled.wait(pause):
+            if time.monotonic() > deadline or self._given_up.wait(pause):
                 raise StdioError(f'opening w/o fifo "{path}" failed: context deadline exceeded', late=True)
             pause = min(pause * 2, _LAST_LOOK_SECONDS)
 
@@ -272,6 +277,7 @@ class ShimStdio:
 
     def cancel(self) -> None:
         """Wake whoever is blocked in a stream, now and from now on."""
+        self._given_up.set()
         self._cancelled.set()
         self._input_ready.set()
         self._opened.set()

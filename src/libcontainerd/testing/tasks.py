@@ -79,9 +79,10 @@ class Tasks(tasks_pb2.TasksServicer):
         self._runtime = runtime
         self._state_dir = state_dir
         self._open_timeout = open_timeout
-        # Guards the map, in which None is a task that is being made. Innermost; nothing is called under it.
+        # Guards the map and the set, of which the latter's are in the map as None. Innermost; nothing is called under it.
         self._lock = threading.Lock()
         self._tasks: dict[tuple[str, str], Task | None] = {}
+        self._being_made: set[Task] = set()
 
     # ------------------------------------------------------------------------------------------- what tests do to it
 
@@ -123,10 +124,9 @@ class Tasks(tasks_pb2.TasksServicer):
     def wake(self) -> None:
         """Have those who wait look again: the server is going down."""
         with self._lock:
-            tasks = [task for task in self._tasks.values() if task is not None]
+            tasks = [*self._being_made, *(task for task in self._tasks.values() if task is not None)]
         for task in tasks:
-            with task.changed:
-                task.changed.notify_all()
+            task.give_up_opening()
 
     # ----------------------------------------------------------------------------------------------------- looking up
 
@@ -216,15 +216,19 @@ class Tasks(tasks_pb2.TasksServicer):
                 bundle=f"{self._state_dir}/io.containerd.runtime.v2.task/{namespace}/{request.container_id}",
                 open_timeout=self._open_timeout,
             )
+            with self._lock:
+                self._being_made.add(task)
             pid = task.create()
         except BaseException:
             if task is not None:
                 task.release()
             with self._lock:
                 self._tasks.pop(key, None)
+                self._being_made -= {task}
             raise
         with self._lock:
             self._tasks[key] = task
+            self._being_made.discard(task)
         if not task.restored:
             _when_answered(context, task.init.stdio.begin_input)
         return tasks_pb2.CreateTaskResponse(container_id=request.container_id, pid=pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -11,13 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from libcontainerd import Client, InvalidParameterError, Status, SystemFailureError, cio
+from libcontainerd import Client, InvalidParameterError, Status, SystemFailureError
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.cgroups.v1_pb2 import Metrics
 from libcontainerd._wire.pb.services import tasks_pb2
-from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd
-from tests.integration.containers import Collected, alive, exit_of, wait_until
+from tests.integration.containers import Collected, alive, wait_until
 from tests.leaks import no_leaks
 from tests.unit.testing.specs import METADATA, process, spec
 
@@ -136,27 +136,38 @@ def test_a_command_line_that_is_empty(client: Client) -> None:
         client.start("c")
 
 
-def test_output_that_a_child_holds_is_given_up_after_two_seconds(
-    client: Client, backend: RecordingBackend
-) -> None:
-    taken: list[cio.DirectIO] = []
-
-    def attach(dio: cio.DirectIO) -> cio.IO:
-        taken.append(dio)
-        return dio
-
+def test_output_that_a_child_holds_is_given_up_after_two_seconds(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tasks = client._connection.tasks
     client.create("c", spec())
     client.start("c")
-    client.exec("c", "e", process("sh", "-c", "setsid sleep 1000 & echo done"), attach_stdio=attach)
-    assert exit_of(backend, "c", "e") == 0
-    assert taken[0].stdout.read(5) == b"done\n"
+    tasks.Exec(
+        tasks_pb2.ExecProcessRequest(
+            container_id="c",
+            exec_id="e",
+            stdout=f"file://{out}",
+            stderr=f"file://{out}",
+            spec=typeurl.pack_json(
+                typeurl.PROCESS_URL, json.dumps(process("sh", "-c", "setsid sleep 1000 & echo done")).encode()
+            ),
+        ),
+        metadata=METADATA,
+        timeout=5,
+    )
+    tasks.Start(tasks_pb2.StartRequest(container_id="c", exec_id="e"), metadata=METADATA, timeout=5)
+    tasks.Wait(tasks_pb2.WaitRequest(container_id="c", exec_id="e"), metadata=METADATA, timeout=5)
     begin = time.monotonic()
-    client._connection.tasks.DeleteProcess(
+
+    tasks.DeleteProcess(
         tasks_pb2.DeleteProcessRequest(container_id="c", exec_id="e"), metadata=METADATA, timeout=10
     )
 
     assert 1.5 < time.monotonic() - begin < 5
-    wait_until(lambda: taken[0].stdout.read(1) == b"", "the output has ended")
+    assert out.read_bytes() == b"done\n"
+    init, child = client.list_pids("c")  # which lives on, as long as init
+    client.signal_process("c", "init", signal.SIGKILL)
+    client.wait("c")
+    wait_until(lambda: not alive(init) and not alive(child), "both are gone")
 
 
 def test_a_terminal_is_a_real_one(client: Client) -> None:
@@ -203,6 +214,10 @@ def test_nothing_is_left_of_processes(connect: Connect) -> None:
             assert client.status("a") is Status.RUNNING
         assert not any(alive(pid) for pid in pids)
         assert not os.path.exists(fake._directory or "/no/such")
+
+
+def test_it_says_that_nothing_is_isolated(client: Client) -> None:
+    assert client.version().revision == "libcontainerd-fake-unisolated"
 
 
 def test_a_signal_that_there_is_not(client: Client) -> None:

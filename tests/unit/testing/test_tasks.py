@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -228,8 +231,6 @@ def test_init_deleted_as_if_it_were_an_exec(calls: Calls, fake: FakeContainerd) 
 
 
 def test_nobody_reads(calls: Calls, tmp_path: Path) -> None:
-    import os
-
     with (
         FakeContainerd(stdio_timeout=0.05) as fake,
         grpc.insecure_channel(
@@ -249,6 +250,45 @@ def test_nobody_reads(calls: Calls, tmp_path: Path) -> None:
         assert "NOT_FOUND" in refused(
             lambda: calls.tasks.Get(tasks_pb2.GetRequest(container_id="c"), metadata=METADATA, timeout=5)
         )
+
+
+@pytest.mark.parametrize("exec_id", ["", "e"])
+def test_who_waits_for_a_reader_does_not_hold_the_end_up(tmp_path: Path, exec_id: str) -> None:
+    out, err = str(tmp_path / "out"), str(tmp_path / "err")
+    os.mkfifo(out)
+    os.mkfifo(err)
+    with (
+        FakeContainerd() as fake,
+        grpc.insecure_channel(
+            f"unix:{fake.address}", options=(("grpc.default_authority", "localhost"),)
+        ) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        calls = Calls(channel)
+        calls.make("c")
+        if exec_id:
+            calls.create("c")
+            calls.start("c")
+            document = json.dumps(process()).encode()
+            request = tasks_pb2.ExecProcessRequest(
+                container_id="c",
+                exec_id=exec_id,
+                stdout=out,
+                stderr=err,
+                spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
+            )
+            calls.tasks.Exec(request, metadata=METADATA, timeout=5)
+            waiting = pool.submit(calls.start, "c", exec_id)
+            fake.process("c", exec_id)
+        else:
+            waiting = pool.submit(calls.create, "c", stdout=out, stderr=err)
+            fake.calls.wait_for("Tasks/Create")
+        begin = time.monotonic()
+
+        fake.stop()
+
+        assert time.monotonic() - begin < 2
+        assert isinstance(waiting.exception(10), grpc.RpcError)
 
 
 def test_a_snapshots_directory_goes_with_it(calls: Calls) -> None:

@@ -284,7 +284,6 @@ def test_labels_and_options_are_kept_in_containerd(client: Client, raw: Raw, spe
     assert Path(bundle).is_dir()
     assert kept == {"org.example/job": "7"}
     assert raw.container("c").runtime.name == "io.containerd.runc.v2"
-    assert not raw.container("c").runtime.HasField("options")
     client.delete("c")
 
 
@@ -299,8 +298,50 @@ def test_runtime_options_reach_the_shim(
     client.create("c", spec("true"), options)
     sent = raw.container("c").runtime.options
     assert sent.type_url == "containerd.runc.v1.Options"
-    assert typeurl.unpack(sent, Options) == Options(no_new_keyring=True)
+    root = typeurl.unpack(sent, Options).root
+    assert typeurl.unpack(sent, Options) == Options(no_new_keyring=True, root=root)
     assert run_task(client, "c").status.code == 0
+    client.delete("c")
+
+
+def test_a_private_containerd_has_a_runc_root_of_its_own(
+    client: Client, remote: Remote, spec: MakeSpec, tmp_path: Path
+) -> None:
+    client.create("c", spec(*SLEEP))
+    client.start("c")
+    root = Path(remote.address).parent / "runc"
+    assert [each.name for each in root.glob("*/c")] == ["c"]
+    stop(client, "c")
+
+    client.create("own", spec(*SLEEP), {"root": str(tmp_path / "runc")})
+    client.start("own")
+    assert [each.name for each in (tmp_path / "runc").glob("*/own")] == ["own"]
+    stop(client, "own")
+
+
+def test_containers_of_one_id_in_two_namespaces_share_no_cgroup(
+    client: Client, remote: Remote, namespace: str, spec: MakeSpec
+) -> None:
+    with remote.new_client(f"{namespace}-b") as other:
+        alike = oci.to_mapping(spec(*SLEEP))
+        del alike["linux"]["cgroupsPath"]  # type: ignore[attr-defined] # a mapping's mapping
+        for each in (client, other):
+            each.create("c", alike)
+            each.start("c")
+        assert len(client.list_pids("c")) == len(other.list_pids("c")) == 1
+        client.pause("c")
+        assert (client.status("c"), other.status("c")) == (Status.PAUSED, Status.RUNNING)
+        for each in (client, other):
+            stop(each, "c")
+
+
+def test_what_is_fed_to_a_terminal_ends_without_a_hang_up(client: Client, spec: MakeSpec) -> None:
+    out: list[bytes] = []
+    client.create("c", spec("sh", options=[oci.with_terminal()]))
+    client.start("c", with_stdin=True, attach_stdio=cio.copy(stdin=b"echo fed; exit 7\n", stdout=out.append))
+    assert client.wait("c").code == 7
+    client.delete_task("c")
+    assert b"fed\r\n" in b"".join(out)
     client.delete("c")
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from libcontainerd import oci
 from libcontainerd._bundle import BUNDLE_LABEL
-from libcontainerd._runtime import check_labels, mapped_root, read_runtime_options, task_options
+from libcontainerd._runtime import (
+    check_labels,
+    mapped_root,
+    options_for,
+    read_runtime_options,
+    task_options,
+    with_own_cgroup,
+)
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb import wellknown_pb2
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
@@ -185,3 +194,38 @@ USER = {"namespaces": [{"type": "pid"}, {"type": "user"}]}
 )
 def test_the_host_ids_of_a_containers_root(linux: dict[str, object] | None, owner: tuple[int, int]) -> None:
     assert mapped_root(spec(linux)) == owner
+
+
+def spec_with(**linux: object) -> oci.Spec:
+    return oci.parse_spec({"ociVersion": "1.0.2", "linux": linux})
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "uid", "path"),
+    [
+        (spec_with(), None, 0, "/web@ns"),
+        (spec_with(), Options(systemd_cgroup=True), 0, None),
+        (spec_with(), None, 1000, None),
+        (spec_with(cgroupsPath=""), None, 0, ""),
+        (spec_with(cgroupsPath="/mine"), None, 0, "/mine"),
+    ],
+    ids=["unset", "systemd", "not root", "left to runc", "set"],
+)
+def test_a_cgroup_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, spec: oci.Spec, options: Options | None, uid: int, path: str | None
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    changed = with_own_cgroup(spec, "ns", "web", options)
+    assert changed.linux is not None
+    assert changed.linux.cgroups_path == path
+
+
+def test_a_clients_options_are_under_those_of_a_container() -> None:
+    defaults = Options(root="/run/mine", no_pivot_root=True)
+    assert options_for("io.containerd.runc.v2", None, defaults) == defaults
+    own = {"root": "/run/other", "binary_name": "crun"}
+    both = Options(root="/run/other", binary_name="crun", no_pivot_root=True)
+    assert options_for("io.containerd.runc.v2", own, defaults) == both
+    alone = Options(root="/run/other", binary_name="crun")
+    assert options_for("io.containerd.kata.v2", own, defaults) == alone
+    assert options_for("io.containerd.kata.v2", None, defaults) is None

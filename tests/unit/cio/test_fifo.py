@@ -179,11 +179,11 @@ def test_a_failure_half_way_leaves_no_new_fifo_and_takes_no_old_one(
 ) -> None:
     calls = itertools.count(1)
 
-    def chown(*_: object) -> None:
+    def chmod(*_: object) -> None:
         if next(calls) == failing:
             raise error
 
-    monkeypatch.setattr(os, "chown", chown)
+    monkeypatch.setattr(os, "chmod", chmod)
     fifos = FifoSet.within(str(tmp_path), "init", with_stdin=True, terminal=False)
     other = tmp_path / "other-stdout"
     os.mkfifo(other)

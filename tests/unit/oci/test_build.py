@@ -361,3 +361,8 @@ def test_user_namespaces_map_groups_as_users_unless_told() -> None:
     assert same.linux.gid_mappings == [_ID]
     assert other.linux is not None
     assert other.linux.gid_mappings == [groups]
+
+
+def test_an_option_that_was_not_called_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="called with its values first"):
+        oci.build(oci.default_spec(), oci.with_args)  # type: ignore[arg-type] # the mistake itself

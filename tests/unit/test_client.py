@@ -1149,6 +1149,8 @@ def test_close_does_not_wait_for_a_backend_for_ever(
     backend.then = block
     started(client)
     assert busy.wait(DEADLINE)
+    lanes = client._delivery._queue._lanes._lanes
+    eventually(lambda: lanes["web"].items, "an event behind the one that blocks")
     with capture_logs() as logs:
         Beside(lambda: client.close(timeout=0.2)).answer(within=5)
     assert [each["event"] for each in logs if each["event"] == "events_undelivered"]

@@ -30,7 +30,7 @@ demo: setup ## run a container and show what happens: a real one, or where none 
 
 .PHONY: test
 test: setup ## run all tests, under 5 minutes on two cores, and say on which servers they ran
-	@$(PYTEST) --cov --cov-report=
+	@$(PYTEST) $(if $(filter check,$(MAKECMDGOALS)),--cov --cov-report=)
 
 .PHONY: stress
 stress: setup ## run the tests that have counts once more with the full counts
@@ -82,7 +82,7 @@ docs: venv ## check the documents: links, Python code, the examples in docstring
 	@$(PYTHON) tools/check_docs.py
 
 .PHONY: coverage
-coverage: venv ## report the branch coverage of the last `make test`, and fail under 95 %
+coverage: venv ## report the branch coverage of the last `make check`, and fail under 95 %
 	@$(PYTHON) -m coverage report --fail-under=95
 
 .PHONY: clean

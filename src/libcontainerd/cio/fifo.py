@@ -362,6 +362,8 @@ class OutputStream(io.RawIOBase):
     def process_ended(self) -> None:
         """No writer will come any more: the stream ends here, also where none has ever come."""
         with suppress(ValueError, OSError), self._end.use() as fd:
+            if self._end.poll(0) & select.POLLHUP:
+                return  # and a writer that comes now would take the end away from who has just been told of it
             # A writer that comes and goes is what makes the kernel report the hang-up; the path may be gone already.
             os.close(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
 

@@ -642,6 +642,21 @@ def test_asyncio_can_read_it(path: str) -> None:
     assert stream.closed
 
 
+def test_an_end_that_was_told_is_not_taken_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A reader that was told of the hang-up reads; were there a writer just then, it would get EAGAIN for the end.
+    stream = OutputStream(End(path, os.O_RDONLY))
+    with opened(path, os.O_WRONLY):
+        pass
+
+    def refuse(*_: object) -> int:
+        raise AssertionError("a writer came")
+
+    monkeypatch.setattr(os, "open", refuse)
+    stream.process_ended()
+    assert stream.read() == b""
+    stream.close()
+
+
 def test_a_dropped_stream_closes_its_descriptor(path: str) -> None:
     before = open_descriptors()
     stream = OutputStream(End(path, os.O_RDONLY))

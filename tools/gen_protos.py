@@ -40,11 +40,11 @@ TOOLS_VENV = ROOT / ".venv-protos"
 PACKAGE = "libcontainerd._wire.pb"
 
 # CPython's minor version to the oldest grpcio-tools with wheels for it. setuptools has the pkg_resources that it imports.
-TOOLS = {11: "grpcio-tools==1.49.1", 12: "grpcio-tools==1.59.0", 13: "grpcio-tools==1.66.2"}
+TOOLS = {11: "grpcio-tools==1.54.3", 12: "grpcio-tools==1.59.0", 13: "grpcio-tools==1.66.2"}
 TOOLS_NEWER = "grpcio-tools==1.76.0"
 # googleapis-common-protos is there for google/rpc/status.proto. On 3.11 everything is the oldest that is supported.
 BESIDE = ("setuptools<81", "googleapis-common-protos")
-BESIDE_OLDEST = ("setuptools<81", "googleapis-common-protos==1.56.4", "grpcio==1.49.1", "protobuf==4.21.6")
+BESIDE_OLDEST = ("setuptools<81", "googleapis-common-protos==1.56.4", "grpcio==1.54.3", "protobuf==4.21.6")
 
 API = "github.com/containerd/containerd/api"
 # Every .proto file, and the module made of it.

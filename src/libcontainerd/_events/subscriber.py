@@ -199,7 +199,7 @@ class Subscriber:
             for envelope in call:
                 if envelope.topic == self._topic:
                     self._live.set()
-                else:
+                elif not self._closed.is_set():
                     self._hand_on(envelope)
         except grpc.RpcError as error:
             return self._connection.error(error, doing)

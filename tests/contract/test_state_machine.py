@@ -207,10 +207,10 @@ class Machine(RuleBasedStateMachine):
         task = self.model.task(name)
         if task is None:
             expected = NOT_FOUND
-        elif task.state in (State.PAUSED, State.STOPPED):
-            expected = UNKNOWN
+        elif exec_id in task.execs:
+            expected = EXISTS
         else:
-            expected = EXISTS if exec_id in task.execs else OK
+            expected = UNKNOWN if task.state in (State.PAUSED, State.STOPPED) else OK
         request = tasks_pb2.ExecProcessRequest(
             container_id=name, exec_id=exec_id, spec=process_any(process_document())
         )
@@ -295,7 +295,7 @@ def test_server_and_model_agree(server: Server, services: Services) -> None:
             stateful_step_count=25,
             deadline=None,
             database=None,
-            derandomize=os.environ.get("LIBCONTAINERD_STRESS") != "1",
+            derandomize=True,  # what CI sees can be seen again; more examples are other examples
             suppress_health_check=list(HealthCheck),
             phases=(Phase.generate, Phase.shrink) if not server.real else (Phase.generate,),
         ),

@@ -259,9 +259,9 @@ class Task:
             Refusal: the id is taken, or init's state does not allow it.
         """
         with self.changed:
-            self._check(self.init, "exec")
             if spec.exec_id in self.execs:
                 raise already_exists(f"id {spec.exec_id}")
+            self._check(self.init, "exec")
             stdio = ShimStdio(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
             self.execs[spec.exec_id] = Process(spec, stdio)
         self._publish(

@@ -71,7 +71,7 @@ __all__ = [
 def __getattr__(name: str) -> ModuleType:
     """Import `oci` when it is first asked for: its models cost more than the rest together."""
     if name == "oci":
-        from importlib import import_module  # noqa: PLC0415
+        from importlib import import_module  # noqa: PLC0415 - only for whoever asks for oci
 
         return import_module("libcontainerd.oci")
     raise AttributeError(f"module 'libcontainerd' has no attribute {name!r}")

@@ -13,7 +13,7 @@ import signal as signals
 import threading
 import time
 import weakref
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -26,26 +26,24 @@ from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
-from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
+from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
 from libcontainerd._runtime import (
     check_labels,
     mapped_root,
     options_for,
     read_runtime_options,
-    task_options,
     with_own_cgroup,
 )
+from libcontainerd._starting import Starter
 from libcontainerd._stdin import StdinCloser
 from libcontainerd._wire import typeurl
-from libcontainerd._wire.connection import Address, Connection, Deadline, NotSentError
+from libcontainerd._wire.connection import Address, Connection, Deadline
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd._wire.shelter import Shelter
 from libcontainerd.cio import null_io
-from libcontainerd.cio.attached import Attached
-from libcontainerd.cio.fifo import FifoSet
 from libcontainerd.errors import (
     CallCancelledError,
     ConflictError,
@@ -65,14 +63,13 @@ from libcontainerd.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
     from typing import Self
 
     import grpc
     from google.protobuf.message import Message
 
     from libcontainerd import oci
-    from libcontainerd._wire.shelter import Lease
     from libcontainerd.cio import AttachStdio
     from libcontainerd.types import Backend
 
@@ -166,6 +163,7 @@ class Client:
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
         self._stdin = StdinCloser(self._connection, self._background, self._closing)
         self._shelter = Shelter(parsed, self._connection.metadata, credentials)
+        self._starter = Starter(self._shelter, self._containers, self._stdin, self._cut)
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
         )
@@ -421,40 +419,9 @@ class Client:
         if checkpoint_dir is not None:
             raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
         deadline = self._deadline(timeout)
-        doing = f"start container {container_id!r}"
-        container = self._containers.get(container_id, doing)
-        terminal = container.facts.terminal
-        with self._making(container, container.reserve_task, doing) as (calls, task):
-            attached = self._attach(
-                container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
-            )
-            created = calls.call(
-                calls.tasks.Create,
-                tasks_pb2.CreateTaskRequest(
-                    container_id=container_id,
-                    terminal=terminal,
-                    stdin=attached.stdin,
-                    stdout=attached.stdout,
-                    stderr=attached.stderr,
-                    options=task_options(container.facts.options, container.facts.owner),
-                ),
-                doing=doing,
-                deadline=deadline,
-            )
-            container.advance(task, Step.CREATE, created.pid)
-            if (
-                not terminal
-            ):  # the end of a terminal's input is a hang-up, which no process would live to be started
-                attached.process_is_there()
-            started = calls.call(
-                calls.tasks.Start,
-                tasks_pb2.StartRequest(container_id=container_id),
-                doing=doing,
-                deadline=deadline,
-            )
-            container.advance(task, Step.START, started.pid)
-            attached.process_is_there()
-        return started.pid or created.pid
+        return self._starter.start(
+            container_id, with_stdin=with_stdin, attach_stdio=attach_stdio, deadline=deadline
+        )
 
     def exec(
         self,
@@ -487,91 +454,15 @@ class Client:
             InvalidParameterError: the container is not running, an argument cannot be used, or the program is not there.
             ConflictError: the exec's id is taken.
         """
-        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who make containers
-
-        check_identifier("exec id", process_id)
-        if process_id in (INIT_PROCESS_NAME, container_id):
-            raise InvalidParameterError(f"exec id {process_id!r} is what the init process is called")
         deadline = self._deadline(timeout)
-        model = oci.parse_process(process)
-        document = oci.dump(model)
-        terminal = bool(model.terminal)
-        doing = f"exec {process_id!r} in container {container_id!r}"
-        container = self._containers.get(container_id, doing)
-        reserve = partial(container.reserve_exec, process_id)
-        with _refused_when_ended(container), self._making(container, reserve, doing) as (calls, record):
-            attached = self._attach(
-                container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
-            )
-            calls.call(
-                calls.tasks.Exec,
-                tasks_pb2.ExecProcessRequest(
-                    container_id=container_id,
-                    exec_id=process_id,
-                    terminal=terminal,
-                    stdin=attached.stdin,
-                    stdout=attached.stdout,
-                    stderr=attached.stderr,
-                    spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
-                ),
-                doing=doing,
-                deadline=deadline,
-            )
-            container.advance(record, Step.CREATE)
-            started = calls.call(
-                calls.tasks.Start,
-                tasks_pb2.StartRequest(container_id=container_id, exec_id=process_id),
-                doing=doing,
-                deadline=deadline,
-            )
-            container.advance(record, Step.START, started.pid)
-            attached.process_is_there()
-        return started.pid
-
-    def _attach(
-        self,
-        container: Container,
-        process: Process,
-        *,
-        with_stdin: bool,
-        terminal: bool,
-        attach_stdio: AttachStdio,
-    ) -> Attached:
-        bundle = container.require_bundle()
-        bundle.ensure()
-        attached = Attached.attach(
-            attach_stdio,
-            FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
-            owner=bundle.owner,
-            on_stdin_close=partial(self._stdin.owner_closed, container, process),
+        return self._starter.exec(
+            container_id,
+            process_id,
+            process,
+            with_stdin=with_stdin,
+            attach_stdio=attach_stdio,
+            deadline=deadline,
         )
-        container.attach(process, attached)
-        return attached
-
-    @contextmanager
-    def _making(
-        self, container: Container, reserve: Callable[[], Process], doing: str
-    ) -> Iterator[tuple[Lease, Process]]:
-        """Reserve a process, and take back all that was made of it if the block fails."""
-        with self._shelter.enter(doing) as calls:
-            process = reserve()
-            try:
-                yield calls, process
-            except BaseException as error:
-                # What was never asked for is not there; what somebody else has under that name is not ours to remove.
-                unmade = isinstance(error, ConflictError | NotSentError) and not container.is_ours(process)
-                try:
-                    if process.attached is not None and not unmade:
-                        cleanup.remove_process(calls, container, process)
-                    if process.attached is not None:
-                        process.attached.discard()
-                finally:
-                    container.forget(process)
-                raise
-            finally:
-                container.made(process)
-            if self._cut.is_set() and process.attached is not None:
-                process.attached.abandon()  # it was answered while `close` went by
 
     # ------------------------------------------------------------------------------------------- running processes
 
@@ -878,17 +769,6 @@ def _close_at_exit() -> None:
     for client, pid in list(_live_clients.items()):
         if pid == os.getpid():
             client.close(timeout=1.0)
-
-
-@contextmanager
-def _refused_when_ended(container: Container) -> Iterator[None]:
-    """Say an exec's failure in a container that has just ended like one in a container that had ended before."""
-    try:
-        yield
-    except FailedPreconditionError as error:
-        if container.is_paused():
-            raise
-        raise InvalidParameterError(f"{error}: container is not running") from error
 
 
 def _left(deadline: Deadline, doing: str) -> float:

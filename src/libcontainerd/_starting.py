@@ -1,0 +1,187 @@
+"""Starting a process, init or exec: its record reserved, its IO attached, then containerd asked; or all of it taken back."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from libcontainerd import _cleanup as cleanup
+from libcontainerd._records import Step
+from libcontainerd._runtime import task_options
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.connection import NotSentError
+from libcontainerd._wire.identifiers import check_identifier
+from libcontainerd._wire.pb.services import tasks_pb2
+from libcontainerd.cio.attached import Attached
+from libcontainerd.cio.fifo import FifoSet
+from libcontainerd.errors import ConflictError, FailedPreconditionError, InvalidParameterError
+from libcontainerd.types import INIT_PROCESS_NAME
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator, Mapping
+
+    from libcontainerd import oci
+    from libcontainerd._records import Container, ContainerMap, Process
+    from libcontainerd._stdin import StdinCloser
+    from libcontainerd._wire.connection import Deadline
+    from libcontainerd._wire.shelter import Lease, Shelter
+    from libcontainerd.cio import AttachStdio
+
+
+class Starter:
+    """Starts a client's processes. Thread-safe; what the verbs promise and raise is said at `Client.start` and `Client.exec`."""
+
+    def __init__(
+        self, shelter: Shelter, containers: ContainerMap, stdin: StdinCloser, cut: threading.Event
+    ) -> None:
+        self._shelter = shelter
+        self._containers = containers
+        self._stdin = stdin
+        self._cut = cut
+
+    def start(
+        self, container_id: str, *, with_stdin: bool, attach_stdio: AttachStdio, deadline: Deadline
+    ) -> int:
+        """Create and start a container's task; the pid of its init."""
+        doing = f"start container {container_id!r}"
+        container = self._containers.get(container_id, doing)
+        terminal = container.facts.terminal
+        with self._making(container, container.reserve_task, doing) as (calls, task):
+            attached = self._attach(
+                container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
+            )
+            created = calls.call(
+                calls.tasks.Create,
+                tasks_pb2.CreateTaskRequest(
+                    container_id=container_id,
+                    terminal=terminal,
+                    stdin=attached.stdin,
+                    stdout=attached.stdout,
+                    stderr=attached.stderr,
+                    options=task_options(container.facts.options, container.facts.owner),
+                ),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(task, Step.CREATE, created.pid)
+            # The end of a terminal's input is a hang-up, which no process would live to be started.
+            if not terminal:
+                attached.process_is_there()
+            started = calls.call(
+                calls.tasks.Start,
+                tasks_pb2.StartRequest(container_id=container_id),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(task, Step.START, started.pid)
+            attached.process_is_there()
+        return started.pid or created.pid
+
+    def exec(
+        self,
+        container_id: str,
+        process_id: str,
+        process: oci.Process | Mapping[str, object],
+        *,
+        with_stdin: bool,
+        attach_stdio: AttachStdio,
+        deadline: Deadline,
+    ) -> int:
+        """Start a further process in a running container; its pid."""
+        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who start execs
+
+        check_identifier("exec id", process_id)
+        if process_id in (INIT_PROCESS_NAME, container_id):
+            raise InvalidParameterError(f"exec id {process_id!r} is what the init process is called")
+        model = oci.parse_process(process)
+        document = oci.dump(model)
+        terminal = bool(model.terminal)
+        doing = f"exec {process_id!r} in container {container_id!r}"
+        container = self._containers.get(container_id, doing)
+        reserve = partial(container.reserve_exec, process_id)
+        with _refused_when_ended(container), self._making(container, reserve, doing) as (calls, record):
+            attached = self._attach(
+                container, record, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
+            )
+            calls.call(
+                calls.tasks.Exec,
+                tasks_pb2.ExecProcessRequest(
+                    container_id=container_id,
+                    exec_id=process_id,
+                    terminal=terminal,
+                    stdin=attached.stdin,
+                    stdout=attached.stdout,
+                    stderr=attached.stderr,
+                    spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
+                ),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(record, Step.CREATE)
+            started = calls.call(
+                calls.tasks.Start,
+                tasks_pb2.StartRequest(container_id=container_id, exec_id=process_id),
+                doing=doing,
+                deadline=deadline,
+            )
+            container.advance(record, Step.START, started.pid)
+            attached.process_is_there()
+        return started.pid
+
+    def _attach(
+        self,
+        container: Container,
+        process: Process,
+        *,
+        with_stdin: bool,
+        terminal: bool,
+        attach_stdio: AttachStdio,
+    ) -> Attached:
+        bundle = container.require_bundle()
+        bundle.ensure()
+        attached = Attached.attach(
+            attach_stdio,
+            FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
+            owner=bundle.owner,
+            on_stdin_close=partial(self._stdin.owner_closed, container, process),
+        )
+        container.attach(process, attached)
+        return attached
+
+    @contextmanager
+    def _making(
+        self, container: Container, reserve: Callable[[], Process], doing: str
+    ) -> Iterator[tuple[Lease, Process]]:
+        """Reserve a process, and take back all that was made of it if the block fails."""
+        with self._shelter.enter(doing) as calls:
+            process = reserve()
+            try:
+                yield calls, process
+            except BaseException as error:
+                # What was never asked for is not there; what somebody else has under that name is not ours to remove.
+                unmade = isinstance(error, ConflictError | NotSentError) and not container.is_ours(process)
+                try:
+                    if process.attached is not None and not unmade:
+                        cleanup.remove_process(calls, container, process)
+                    if process.attached is not None:
+                        process.attached.discard()
+                finally:
+                    container.forget(process)
+                raise
+            finally:
+                container.made(process)
+            if self._cut.is_set() and process.attached is not None:
+                process.attached.abandon()  # it was answered while `close` went by
+
+
+@contextmanager
+def _refused_when_ended(container: Container) -> Iterator[None]:
+    """Say an exec's failure in a container that has just ended like one in a container that had ended before."""
+    try:
+        yield
+    except FailedPreconditionError as error:
+        if container.is_paused():
+            raise
+        raise InvalidParameterError(f"{error}: container is not running") from error

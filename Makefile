@@ -6,6 +6,9 @@ SHELL := /bin/bash
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
+# Processes that share the tests. Most of a test's time is containerd's and runc's, so two cores carry more than two.
+JOBS := 3
+PARALLEL := --numprocesses $(JOBS) --dist worksteal
 CODE := $(wildcard src tests tools examples benchmarks)
 
 # A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
@@ -30,7 +33,7 @@ demo: setup ## run a container and show what happens: a real one, or where none 
 
 .PHONY: test
 test: setup ## run all tests, under 5 minutes on two cores, and say on which servers they ran
-	@$(PYTEST) $(if $(filter check,$(MAKECMDGOALS)),--cov --cov-report=)
+	@$(PYTEST) $(PARALLEL) $(if $(filter check,$(MAKECMDGOALS)),--cov --cov-report=)
 
 .PHONY: stress
 stress: setup ## run the tests that have counts once more with the full counts
@@ -39,7 +42,7 @@ stress: setup ## run the tests that have counts once more with the full counts
 .PHONY: oldest
 oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic
 	@tools/setup.sh oldest
-	@if [ -x .venv-oldest/bin/python ]; then .venv-oldest/bin/python -m pytest tests/unit; fi
+	@if [ -x .venv-oldest/bin/python ]; then .venv-oldest/bin/python -m pytest $(PARALLEL) tests/unit; fi
 
 .PHONY: check
 check: format-check lint types protos-check layers changelog docs demo test coverage ## all that CI checks, except stress and oldest

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,17 @@ from tests import leaks, servers
 _STRESS_TIMEOUT = 600
 _REAL_DIRECTORIES = {"integration", "chaos"}
 _found: pytest.StashKey[servers.Servers] = pytest.StashKey()
+USED: pytest.StashKey[Counter[str]] = pytest.StashKey()
+"""How many contract tests ran, by server."""
+
+_COUNTS_OF_WORKER = "libcontainerd-contract"
+
+
+class _Worker(Protocol):
+    """What is used of pytest-xdist's view of one of the processes that share the tests."""
+
+    config: pytest.Config
+    workeroutput: dict[str, dict[str, int]]
 
 
 class Count(Protocol):
@@ -42,6 +54,7 @@ def _in_ci() -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Look for the servers once, and choose how many examples property-based tests draw."""
     config.stash[_found] = servers.find()
+    config.stash[USED] = Counter()
     settings.register_profile("test", max_examples=30, deadline=None)
     settings.register_profile("stress", max_examples=300, deadline=None)
     settings.load_profile("stress" if _stressed() else "test")
@@ -75,10 +88,27 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that prints the summary what this one has counted, where several share the tests."""
+    output: dict[str, dict[str, int]] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        counts: Counter[str] = session.config.stash[USED]
+        output[_COUNTS_OF_WORKER] = dict(counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: _Worker) -> None:
+    """Add up what they told; one that died told nothing."""
+    counts: dict[str, int] = getattr(node, "workeroutput", {}).get(_COUNTS_OF_WORKER, {})
+    node.config.stash[USED].update(counts)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say at the end on which servers the tests ran."""
     terminalreporter.write_sep("=", "servers")
     terminalreporter.write_line(config.stash[_found].describe())
+    for name, count in sorted(config.stash[USED].items()):
+        terminalreporter.write_line(f"contract: {count} tests on {name}")
     if _stressed():
         terminalreporter.write_line("LIBCONTAINERD_STRESS=1: with the full counts")
 

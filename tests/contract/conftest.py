@@ -15,28 +15,16 @@ import pytest
 from libcontainerd import Client, Remote
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd
+from tests.conftest import USED
 from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
 from tests.integration.containers import shims_of, wait_until
-
-_used: pytest.StashKey[dict[str, int]] = pytest.StashKey()
 
 _SERVERS = (
     "fake, scripted runtime",
     "fake, host runtime",
     pytest.param("containerd", marks=pytest.mark.real),
 )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Count on which servers the tests run."""
-    config.stash[_used] = {}
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say it at the end."""
-    for name, count in config.stash.get(_used, {}).items():
-        terminalreporter.write_line(f"contract: {count} tests on {name}")
 
 
 @contextmanager
@@ -87,8 +75,7 @@ def server(
 ) -> Server:
     """The server under contract."""
     made = make_server(request.param)
-    counts = pytestconfig.stash[_used]
-    counts[made.name] = counts.get(made.name, 0) + 1
+    pytestconfig.stash[USED][made.name] += 1
     return made
 
 

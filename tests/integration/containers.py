@@ -161,7 +161,7 @@ class Collected:
         assert self.dio.stdin is not None
         return self.dio.stdin
 
-    def wait_for(self, text: bytes, timeout: float = 10.0) -> None:
+    def wait_for(self, text: bytes, timeout: float = 30.0) -> None:
         """Wait until stdout has held `text`."""
         with self._changed:
             came = self._changed.wait_for(lambda: text in self.out, timeout)
@@ -235,7 +235,7 @@ def stop(client: Client, container_id: str) -> ExitStatus:
     return status
 
 
-def wait_until(true: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+def wait_until(true: Callable[[], object], what: str, timeout: float = 30.0) -> None:
     """Wait for a condition that nothing announces."""
     deadline = time.monotonic() + timeout
     while not true():

@@ -180,3 +180,16 @@ def test_a_root_filesystem_has_every_applet(tmp_path: Path) -> None:
 
 def test_count_is_a_choice(count: Count) -> None:
     assert count(7, 7) == 7
+
+
+def test_counts_of_several_processes_are_added_up(tmp_path: Path) -> None:
+    text = (
+        "import pytest\nfrom tests.conftest import USED\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_it(number, pytestconfig):\n    pytestconfig.stash[USED]['a fake'] += 1\n"
+    )
+    _, alone = run_pytest(tmp_path, text)
+    _, shared = run_pytest(tmp_path, text, "--numprocesses", "2")
+
+    assert "contract: 6 tests on a fake" in alone
+    assert "contract: 6 tests on a fake" in shared

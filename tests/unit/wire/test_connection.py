@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from libcontainerd.errors import (
     UnavailableError,
 )
 from tests import leaks
+from tests.certificate import make_certificate
 from tests.unit.beside import DEADLINE, Beside, eventually, race
 from tests.unit.server import Held, Scripted, fail
 
@@ -492,38 +492,7 @@ def test_a_call_under_way_when_containerd_dies_is_unavailable(
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     """A self-signed certificate for localhost, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    rest = [
-        "-keyout",
-        "key.pem",
-        "-out",
-        "cert.pem",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=DNS:localhost",
-    ]
-    subprocess.run(
-        [
-            *[
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-                "-nodes",
-                "-days",
-                "2",
-            ],
-            *rest,
-        ],
-        cwd=directory,
-        check=True,
-        capture_output=True,
-        timeout=DEADLINE,
-    )
+    directory = make_certificate(tmp_path_factory.mktemp("tls"))
     return (directory / "cert.pem").read_bytes(), (directory / "key.pem").read_bytes()
 
 

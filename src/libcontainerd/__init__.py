@@ -24,6 +24,7 @@ from libcontainerd.errors import (
     UnavailableError,
 )
 from libcontainerd.remote import Remote
+from libcontainerd.stats import Stats, Usage
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
     Backend,
@@ -57,10 +58,12 @@ __all__ = [
     "NotImplementedByServerError",
     "PermissionDeniedError",
     "Remote",
+    "Stats",
     "Status",
     "Summary",
     "SystemFailureError",
     "UnavailableError",
+    "Usage",
     "Version",
     "backends",
     "cio",

@@ -211,6 +211,11 @@ class Container:
         with self.changed:
             return self._require_task(doing)
 
+    def has_task(self) -> bool:
+        """Whether the container has a task, running or ended."""
+        with self.changed:
+            return self.task is not None and self.task.state is not State.RESERVED
+
     def _require_task(self, doing: str) -> Process:
         if self.task is None or self.task.state is State.RESERVED:
             raise NotFoundError(f"cannot {doing}: container is not running")

@@ -81,7 +81,7 @@ _PROGRAM_UNUSABLE: Final = re.compile(
 )
 _WRONG_STATE: Final = re.compile(
     r"cannot (?:\w+ )+in a \w+ state|cannot (?:\w+ )+a (?:running|stopped|deleted|paused|created)"
-    r"|cannot (?:pause|resume)|not paused|bad file descriptor"
+    r"|cannot (?:pause|resume)|not paused|bad file descriptor|unable to set memory limit"
 )
 _NOT_THERE: Final = re.compile(
     r"container does not exist|process already finished|no such (?:container|process|exec|task)|not found"

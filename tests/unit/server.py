@@ -476,6 +476,9 @@ class _Tasks(tasks_pb2.TasksServicer):
         with self._server.ended:
             self._server.ended.notify_all()
 
+    def Metrics(self, request: tasks_pb2.MetricsRequest, context: Context) -> tasks_pb2.MetricsResponse:  # noqa: N802
+        return tasks_pb2.MetricsResponse()  # as containerd answers where reading them fails
+
     def ListPids(  # noqa: N802
         self, request: tasks_pb2.ListPidsRequest, context: Context
     ) -> tasks_pb2.ListPidsResponse:

@@ -186,7 +186,6 @@ SENT: list[tuple[str, Kind]] = [
     # The runtime failed otherwise.
     (f"{RUNC}error during container init: mount failed: unknown", SystemFailureError),
     ("OCI runtime create failed: cgroups in hybrid mode not supported: unknown", SystemFailureError),
-    ("unable to set memory limit to 1024 (current usage: 5000, peak usage: 6000)", SystemFailureError),
     (
         (
             "runc did not terminate successfully: exit status 1: criu failed: type NOTIFY errno 0 path= /b/dump.log:"
@@ -198,6 +197,13 @@ SENT: list[tuple[str, Kind]] = [
     ("cannot exec in a paused state: unknown", FailedPreconditionError),
     ("cannot resize a stopped container: unknown", FailedPreconditionError),
     ("bad file descriptor", FailedPreconditionError),
+    (
+        (
+            "runc did not terminate successfully: exit status 1: unable to set memory limit to 1024 (current usage: 5000,"
+            " peak usage: 6000)\n: unknown"
+        ),
+        FailedPreconditionError,
+    ),
     ("failed to delete task: cannot delete a running process: unknown", FailedPreconditionError),
     ("failed to delete task: cannot delete a running process", FailedPreconditionError),
     ("OCI runtime pause failed: container not paused: unknown", FailedPreconditionError),

@@ -13,7 +13,7 @@ from libcontainerd.testing.stdio import ShimStdio
 from libcontainerd.testing.timestamps import stamp
 
 if TYPE_CHECKING:
-    from libcontainerd._wire.pb.cgroups.v1_pb2 import Metrics
+    from google.protobuf.message import Message
 
 
 class State(Enum):
@@ -139,7 +139,7 @@ class Runtime(Protocol):
             RuntimeFailure: it cannot be run.
         """
 
-    def metrics(self, executions: list[Execution]) -> Metrics:
+    def metrics(self, executions: list[Execution]) -> Message:
         """What a task's processes use."""
 
 

@@ -16,6 +16,8 @@ from libcontainerd.testing.processes import Execution, ProcessSpec, RuntimeFailu
 from libcontainerd.testing.stdio import StdioClosedError
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from libcontainerd.testing.stdio import ShimStdio
 
 _FIRST_PID: Final = 10_000_000  # beyond what Linux gives, so that no mistake can hit a real process
@@ -332,7 +334,7 @@ class ScriptedRuntime:
         self._changed = threading.Condition(threading.Lock())
         self._rules: list[_Rule] = []
         self._processes: dict[tuple[str, str, str], ScriptedProcess] = {}
-        self._metrics: Metrics | None = None
+        self._metrics: Message | None = None
         self._next_pid = _FIRST_PID
 
     def script(
@@ -342,7 +344,7 @@ class ScriptedRuntime:
         with self._changed:
             self._rules.insert(0, _Rule(program, container_id, exec_id, args))
 
-    def set_metrics(self, metrics: Metrics) -> None:
+    def set_metrics(self, metrics: Message) -> None:
         """Say what tasks use."""
         with self._changed:
             self._metrics = metrics
@@ -386,7 +388,7 @@ class ScriptedRuntime:
             )
         return process
 
-    def metrics(self, executions: list[Execution]) -> Metrics:
+    def metrics(self, executions: list[Execution]) -> Message:
         """What was set, or something plausible."""
         with self._changed:
             if self._metrics is not None:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from libcontainerd._wire.pb.cgroups.v1_pb2 import Metrics
     from libcontainerd._wire.pb.types.event_pb2 import Envelope
     from libcontainerd.testing.shim import Task
 
@@ -303,8 +302,12 @@ class FakeContainerd:
         """
         return self._scripts().find(container_id, exec_id, namespace, timeout)
 
-    def set_metrics(self, metrics: Metrics) -> None:
-        """Say what every task uses, in the scripted runtime."""
+    def set_metrics(self, metrics: Message) -> None:
+        """Say what every task uses, in the scripted runtime.
+
+        Args:
+            metrics: A `libcontainerd.stats.CgroupV1Metrics`, a `CgroupV2Metrics`, or any other message.
+        """
         self._scripts().set_metrics(metrics)
 
     def _scripts(self) -> ScriptedRuntime:

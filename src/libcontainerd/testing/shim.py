@@ -38,7 +38,6 @@ from libcontainerd.testing.timestamps import stamp
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from libcontainerd._wire.pb.cgroups.v1_pb2 import Metrics
     from libcontainerd._wire.pb.services.tasks_pb2 import CreateTaskRequest, ExecProcessRequest
 
 KILLED: Final = 128 + signal.SIGKILL
@@ -528,7 +527,7 @@ class Task:
             for pid in pids
         ]
 
-    def metrics(self) -> Metrics:
+    def metrics(self) -> Message:
         """What its processes use."""
         return self._runtime.metrics(self._executions())
 

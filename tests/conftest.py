@@ -53,6 +53,10 @@ def _in_ci() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Look for the servers once, and choose how many examples property-based tests draw."""
+    try:
+        servers.choose()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     config.stash[_found] = servers.find()
     config.stash[USED] = Counter()
     settings.register_profile("test", max_examples=30, deadline=None)

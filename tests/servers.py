@@ -11,6 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+CHOSEN = "LIBCONTAINERD_TEST_CONTAINERD"
+"""Names a directory with the containerd to test, its shims, runc and ctr; `tools/fetch_containerd.py` makes some."""
+
 # A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _VERSION = re.compile(r"\bv?(\d+\.\d+[\w.~+-]*)")
@@ -43,6 +46,25 @@ class Servers:
         if self.missing:
             return f"no real containerd: {self.missing}"
         return f"{self.containerd}, {self.runc}"
+
+
+def choose() -> None:
+    """Put the directory that LIBCONTAINERD_TEST_CONTAINERD names, if it does, first in PATH.
+
+    So its containerd and ctr are the ones under test, and its runc and shims the ones that containerd runs.
+
+    Raises:
+        ValueError: there is no containerd in it.
+    """
+    chosen = os.environ.get(CHOSEN)
+    if not chosen:
+        return
+    directory = os.path.abspath(chosen)
+    if not os.access(os.path.join(directory, "containerd"), os.X_OK):
+        raise ValueError(f"{CHOSEN}: no containerd in {directory}")
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(":")[0] != directory:
+        os.environ["PATH"] = f"{directory}:{path}"
 
 
 def find() -> Servers:

@@ -20,7 +20,11 @@ def run_pytest(directory: Path, text: str, *options: str, **environment: str) ->
     """Run one test file under this project's rules, on a machine where no server is found."""
     test = directory / "test_sample.py"
     test.write_text(text)
-    kept = {name: value for name, value in os.environ.items() if name not in {"CI", "LIBCONTAINERD_STRESS"}}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"CI", "LIBCONTAINERD_STRESS", servers.CHOSEN}
+    }
     rules = ["-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
     hide = "import tests.servers as s; s._which = lambda name: None; import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
     answer = subprocess.run(
@@ -44,6 +48,31 @@ def test_without_containerd_a_real_test_is_skipped_with_the_reason(tmp_path: Pat
     assert code == 0, output
     assert "1 passed, 1 skipped" in output
     assert "no real containerd: not found: containerd, runc, a static busybox" in output
+
+
+def test_the_containerd_to_test_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = tmp_path / "bin"
+    chosen.mkdir()
+    for name in ("containerd", "runc"):
+        (chosen / name).write_text(f"#!/bin/sh\necho {name} 9.8.7\n")
+        (chosen / name).chmod(0o755)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv(servers.CHOSEN, str(chosen))
+
+    servers.choose()
+    servers.choose()
+
+    found = servers.find()
+    assert str(found.containerd) == f"containerd 9.8.7 ({chosen}/containerd)"
+    assert str(found.runc) == f"runc 9.8.7 ({chosen}/runc)"
+    assert os.environ["PATH"].count(str(chosen)) == 1
+
+
+def test_a_chosen_directory_without_containerd_ends_the_run(tmp_path: Path) -> None:
+    code, output = run_pytest(tmp_path, REAL, LIBCONTAINERD_TEST_CONTAINERD=str(tmp_path))
+
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert f"LIBCONTAINERD_TEST_CONTAINERD: no containerd in {tmp_path}" in output
 
 
 def test_in_ci_that_skip_is_a_failure(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class Process:
         reported: Its exit has been handed to the backend's queue.
         deleting: A thread is deleting it in containerd.
         oom_killed: The out-of-memory killer was seen in this run (of an init).
+        turns: How often it was told to be frozen or thawed (of an init): who asked before that has an old answer.
         attached: Its IO.
     """
 
@@ -115,6 +116,7 @@ class Process:
         "pid",
         "reported",
         "state",
+        "turns",
     )
 
     def __init__(self, process_id: str) -> None:
@@ -128,6 +130,7 @@ class Process:
         self.reported = False
         self.deleting = False
         self.oom_killed = False
+        self.turns = 0
         self.attached: Attached | None = None
 
     @property
@@ -365,8 +368,30 @@ class Container:
             process.pid = process.pid or pid
             self._latch(process, status)
 
+    def note_frozen(self, process: Process, frozen: bool, turns: int) -> EventInfo | None:
+        """Note that a call has found a task frozen or thawed, and its event did not come.
+
+        Args:
+            process: The task's init.
+            frozen: Whether it was frozen.
+            turns: Its turns before the call was made: what was told since is newer than the answer.
+
+        Returns:
+            The event to deliver; None where this is no news.
+        """
+        with self.changed:
+            before = process.state
+            if process.turns != turns or not process.advance(Step.PAUSE if frozen else Step.RESUME):
+                return None
+            if process.state is before:
+                return None
+            process.turns += 1
+            self.changed.notify_all()
+            return EventInfo(self.id, oom_killed=self._oom_killed())
+
     def _latch(self, process: Process, status: ExitStatus) -> None:
-        if process.exit is None:
+        unknown = process.exit is not None and process.exit.error is not None and not process.reported
+        if process.exit is None or (unknown and status.error is None):
             process.exit = status
             _remember(self._exits, process.id, status, _EXITS_PER_CONTAINER)
         process.advance(Step.EXIT)
@@ -450,7 +475,8 @@ class Container:
         """Take over what an event says.
 
         Returns:
-            The event as the backend shall see it; None for an exit that was delivered already.
+            The event as the backend shall see it; None for what was delivered already: an exit, or a freeze or thaw that
+            a call has found out.
         """
         with self.changed:
             process = self._process_of(info.process_id)
@@ -459,10 +485,14 @@ class Container:
             if event is EventType.OOM and self.task is not None:
                 self.task.oom_killed = True
             elif process is not None and (process.id, info.pid) not in self._runs:
-                step = _STEP_OF_EVENT.get(event)
+                before, step = process.state, _STEP_OF_EVENT.get(event)
                 if step is not None and process.advance(step):
                     process.pid = process.pid or info.pid
                     self.changed.notify_all()
+                    if step in (Step.PAUSE, Step.RESUME):
+                        process.turns += 1
+                        if process.state is before:
+                            return None
             return replace(info, oom_killed=True) if self._oom_killed() else info
 
     def _apply_exit(self, process: Process | None, info: EventInfo) -> EventInfo | None:

@@ -24,6 +24,7 @@ from libcontainerd import _cleanup as cleanup
 from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
+from libcontainerd._events.patrol import Patrol
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
@@ -169,11 +170,13 @@ class Client:
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
         )
+        self._patrol = Patrol(self._connection, self._containers, self._delivery, self._background)
         self._subscriber = Subscriber(
-            self._connection, on_event=self._delivery.receive, on_live=self._delivery.catch_up
+            self._connection, on_event=self._delivery.receive, on_live=self._patrol.catch_up
         )
         try:
             self._subscriber.open(patience)
+            self._patrol.start()
         except BaseException:
             self._subscriber.stop()
             self._connection.close()
@@ -811,6 +814,7 @@ class Client:
             return
         _live_clients.pop(self, None)
         self._subscriber.stop()
+        self._patrol.stop()
         self._delivery.close(left())
         self._background.close(min(left() / 2, _WIND_UP_SECONDS))
         self._cut.set()
@@ -825,6 +829,7 @@ class Client:
         self._shelter.close()
         self._background.close(left())
         self._subscriber.join(left())
+        self._patrol.join(left())
         self._closed.set()
 
     def _deadline(self, timeout: float | None) -> Deadline:

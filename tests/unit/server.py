@@ -353,6 +353,18 @@ class _Containers(containers_pb2.ContainersServicer):
         return Empty()
 
 
+def _describe(container_id: str, exec_id: str, process: Process) -> task_pb2.Process:
+    ended = process.status == task_pb2.Status.STOPPED
+    return task_pb2.Process(
+        container_id=container_id,
+        id=exec_id or container_id,
+        pid=process.pid,
+        status=process.status,
+        exit_status=process.code,
+        exited_at=Timestamp(seconds=EXIT_SECONDS) if ended else None,
+    )
+
+
 class _Tasks(tasks_pb2.TasksServicer):
     def __init__(self, server: Scripted) -> None:
         self._server = server
@@ -396,16 +408,15 @@ class _Tasks(tasks_pb2.TasksServicer):
 
     def Get(self, request: tasks_pb2.GetRequest, context: Context) -> tasks_pb2.GetResponse:  # noqa: N802
         process = self._server.get(context, request.container_id, request.exec_id)
-        ended = process.status == task_pb2.Status.STOPPED
-        return tasks_pb2.GetResponse(
-            process=task_pb2.Process(
-                container_id=request.container_id,
-                id=request.exec_id or request.container_id,
-                pid=process.pid,
-                status=process.status,
-                exit_status=process.code,
-                exited_at=Timestamp(seconds=EXIT_SECONDS) if ended else None,
-            )
+        return tasks_pb2.GetResponse(process=_describe(request.container_id, request.exec_id, process))
+
+    def List(  # noqa: N802
+        self, request: tasks_pb2.ListTasksRequest, context: Context
+    ) -> tasks_pb2.ListTasksResponse:
+        with self._server.lock:
+            inits = {name: each for (name, exec_id), each in self._server.processes.items() if not exec_id}
+        return tasks_pb2.ListTasksResponse(
+            tasks=[_describe(name, "", process) for name, process in inits.items()]
         )
 
     def Kill(self, request: tasks_pb2.KillRequest, context: Context) -> Empty:  # noqa: N802

@@ -304,6 +304,27 @@ def test_an_exit_that_was_found_out_is_told_once() -> None:
     assert process.exit == FIFTH, "the first that was known counts"
 
 
+def test_a_real_exit_takes_the_place_of_an_unknown_one_until_that_was_told() -> None:
+    unknown = ExitStatus(255, WHEN, NotFoundError("no longer known"))
+    container = made()
+    task = running_task(container)
+    process = running_exec(container)
+    container.note_exit(task, unknown)
+    assert task.exit == unknown
+    assert container.apply(EventType.EXIT, exit_of("web", 100, 5)) == exit_of("web", 100, 5)
+    assert (task.exit, container.last_exit("init")) == (FIFTH, FIFTH)
+
+    container.note_exit(process, unknown)
+    told = container.claim_report(process)
+    assert told is not None
+    assert told.exit_code == 255
+    assert container.apply(EventType.EXIT, exit_of("e", 200, 5)) is None
+    assert process.exit == unknown, "what was told stays"
+    container.forget(process)
+    assert container.apply(EventType.EXIT, exit_of("e", 200, 5)) is None
+    assert container.last_exit("e") == unknown
+
+
 def test_asking_and_the_event_at_once_tell_an_exit_once() -> None:
     for _ in range(50):
         container = made()
@@ -416,6 +437,31 @@ def test_pausing_is_followed() -> None:
     for event, paused in ((EventType.PAUSED, True), (EventType.PAUSED, True), (EventType.RESUMED, False)):
         container.apply(event, EventInfo("web"))
         assert container.is_paused() is paused
+
+
+def test_a_freeze_that_was_found_out_is_told_once() -> None:
+    container = made()
+    task = running_task(container)
+    container.apply(EventType.OOM, EventInfo("web", oom_killed=True))
+    assert container.note_frozen(task, False, task.turns) is None, "it was not frozen"
+    assert container.note_frozen(task, True, task.turns) == EventInfo("web", oom_killed=True)
+    assert container.is_paused()
+    assert container.note_frozen(task, True, task.turns) is None
+    assert container.apply(EventType.PAUSED, EventInfo("web")) is None
+    assert container.apply(EventType.RESUMED, EventInfo("web")) == EventInfo("web", oom_killed=True)
+    assert container.apply(EventType.RESUMED, EventInfo("web")) is None
+
+
+def test_a_freeze_that_was_found_out_is_old_when_something_was_told_since() -> None:
+    container = made()
+    task = running_task(container)
+    turns = task.turns
+    for event in (EventType.PAUSED, EventType.RESUMED):
+        container.apply(event, EventInfo("web"))
+    assert container.note_frozen(task, True, turns) is None
+    assert not container.is_paused()
+    container.note_exit(task, FIFTH)
+    assert container.note_frozen(task, True, task.turns) is None
 
 
 def test_a_pid_comes_with_the_answer_or_the_event() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from libcontainerd._events.decode import utc
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
-from libcontainerd._wire.pb.services.tasks_pb2 import GetRequest
+from libcontainerd._wire.pb.services.tasks_pb2 import GetRequest, ListTasksRequest
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.errors import NotFoundError, SystemFailureError
 from libcontainerd.types import INIT_PROCESS_NAME, ExitStatus, Status
@@ -44,7 +44,7 @@ def unknown_exit(reason: Exception | None) -> ExitStatus:
 
 
 def ask(
-    connection: Connection, container_id: str, exec_id: str, *, doing: str, deadline: Deadline
+    connection: Connection, container_id: str, exec_id: str, *, doing: str, deadline: Deadline, pid: int = 0
 ) -> tuple[ExitStatus, int] | None:
     """Ask containerd how a process has ended.
 
@@ -54,6 +54,7 @@ def ask(
         exec_id: The exec, or empty for init.
         doing: For the error's message.
         deadline: When to give up.
+        pid: The process's, where it is known: one of another pid that runs under its name is another.
 
     Returns:
         None while it has not ended; otherwise how, and the pid if it is known. The code is 255, with the reason, where
@@ -71,9 +72,35 @@ def ask(
         ).process
     except NotFoundError as error:
         return unknown_exit(error), 0
-    if process.status != task_pb2.Status.STOPPED:
-        return None
-    return exit_status(process.exit_status, process.exited_at), process.pid
+    if process.status == task_pb2.Status.STOPPED:
+        return exit_status(process.exit_status, process.exited_at), process.pid
+    if is_another(process, pid):
+        return unknown_exit(NotFoundError(f"cannot {doing}: another process has its name")), 0
+    return None
+
+
+def ask_for_all(connection: Connection, deadline: Deadline) -> dict[str, task_pb2.Process]:
+    """Ask containerd for the init of every task of the namespace, by container.
+
+    What is not among them may be there all the same: containerd leaves out a task whose shim does not answer.
+
+    Raises:
+        LibcontainerdError: there was no answer. That says nothing about any process.
+    """
+    doing = f"list the tasks of namespace {connection.namespace!r}"
+    answer = connection.call(connection.tasks.List, ListTasksRequest(), doing=doing, deadline=deadline)
+    return {task.id: task for task in answer.tasks}
+
+
+def is_another(process: task_pb2.Process, pid: int) -> bool:
+    """Whether what runs under a process's name has another pid. One that has ended need not have its pid any more."""
+    alive = process.status in (
+        task_pb2.Status.CREATED,
+        task_pb2.Status.RUNNING,
+        task_pb2.Status.PAUSED,
+        task_pb2.Status.PAUSING,
+    )
+    return alive and bool(pid and process.pid) and pid != process.pid
 
 
 def process_name(info: task_pb2.ProcessInfo, init: int) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from libcontainerd._wire.shelter import Shelter
     from libcontainerd.cio.attached import Attached
     from libcontainerd.cio.fifo import InputStream, OutputStream
-    from libcontainerd.types import Backend, EventInfo
+    from libcontainerd.types import Backend, EventInfo, ExitStatus
 
 _EXEC_DRAIN_SECONDS: Final = 300.0
 _LATE_EVENT_SECONDS: Final = 1.0
@@ -109,7 +109,7 @@ class Delivery:
         if event.type is EventType.EXIT:
             self._queue_exit(container, process, info)
         else:
-            self._queue.append(container.id, partial(self._deliver, event.type, info))
+            self.tell(event.type, info)
 
     def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
         self._queue.append(container.id, partial(self._deliver_exit, container, process, info))
@@ -157,13 +157,23 @@ class Delivery:
             LibcontainerdError: there was no answer.
         """
         doing = f"ask for {process.id!r} in container {container.id!r}"
-        answer = catchup.ask(self._connection, container.id, process.exec_id, doing=doing, deadline=deadline)
+        answer = catchup.ask(
+            self._connection, container.id, process.exec_id, doing=doing, deadline=deadline, pid=process.pid
+        )
         if answer is None:
             return False
         if not grace or not container.wait_reported(process, _LATE_EVENT_SECONDS):
-            container.note_exit(process, *answer)
-            self._report(container, process)
+            self.conclude(container, process, *answer)
         return True
+
+    def conclude(self, container: Container, process: Process, status: ExitStatus, pid: int = 0) -> None:
+        """Note an exit that was found out, and see that it is reported if it was not."""
+        container.note_exit(process, status, pid)
+        self._report(container, process)
+
+    def tell(self, event: EventType, info: EventInfo) -> None:
+        """Deliver an event that is in the record already."""
+        self._queue.append(info.container_id, partial(self._deliver, event, info))
 
     def look(
         self, container: Container, process: Process, *, deadline: Deadline | None = None, grace: bool = True
@@ -183,21 +193,6 @@ class Delivery:
         """See that an exit that is known is reported: by its event, or without where that does not come soon."""
         if not container.wait_reported(process, _LATE_EVENT_SECONDS):
             self._report(container, process)
-
-    def catch_up(self) -> None:
-        """After a gap in the stream: ask for every process whose exit is not known, until each is answered for."""
-        for container in self._containers.all():
-            processes = container.running()
-            if processes:
-                self._background.append(
-                    (container.id, "catch-up"), partial(self._catch_up, container, processes)
-                )
-
-    def _catch_up(self, container: Container, processes: list[Process]) -> None:
-        while processes and not self._closing.is_set():
-            processes = [each for each in processes if not self.look(container, each, grace=False)]
-            if processes:
-                self._closing.wait(_RETRY_SECONDS)
 
     def _look_for_execs(self, container: Container) -> None:
         """After init's end: find out about execs whose exits do not follow. A shim that was killed tells of init alone."""

@@ -34,9 +34,9 @@ def connection(server: Scripted) -> Iterator[Connection]:
 
 
 def ask(
-    connection: Connection, exec_id: str = "", seconds: float = DEADLINE
+    connection: Connection, exec_id: str = "", seconds: float = DEADLINE, pid: int = 0
 ) -> tuple[ExitStatus, int] | None:
-    return catchup.ask(connection, "web", exec_id, doing="ask for it", deadline=Deadline(seconds))
+    return catchup.ask(connection, "web", exec_id, doing="ask for it", deadline=Deadline(seconds), pid=pid)
 
 
 def is_now(moment: datetime) -> bool:
@@ -73,6 +73,39 @@ def test_no_answer_is_no_exit(server: Scripted, connection: Connection, code: gr
     server.script("Tasks.Get", fail(code))
     with pytest.raises(LibcontainerdError, match="cannot ask for it"):
         ask(connection)
+
+
+def test_what_runs_under_another_pid_is_another(server: Scripted, connection: Connection) -> None:
+    served = server.processes["web", ""] = Process(1234, task_pb2.Status.RUNNING)
+    assert ask(connection, pid=1234) is None
+    answer = ask(connection, pid=1233)
+    assert answer is not None
+    (code, _, error), pid = answer
+    assert (code, pid) == (255, 0)
+    assert isinstance(error, NotFoundError)
+
+    served.status, served.code = task_pb2.Status.STOPPED, 5
+    # What has ended need not have its pid any more.
+    assert ask(connection, pid=1233) == (ExitStatus(5, WHEN), 1234)
+    served.status = task_pb2.Status.UNKNOWN
+    assert ask(connection, pid=1233) is None
+    served.status, served.pid = task_pb2.Status.RUNNING, 0
+    assert ask(connection, pid=1233) is None
+
+
+def test_one_answer_tells_of_all_inits(server: Scripted, connection: Connection) -> None:
+    assert catchup.ask_for_all(connection, Deadline(DEADLINE)) == {}
+    server.processes["web", ""] = Process(1, task_pb2.Status.PAUSED)
+    server.processes["web", "e"] = Process(2, task_pb2.Status.RUNNING)
+    server.processes["db", ""] = Process(3, task_pb2.Status.STOPPED, 5)
+    answer = catchup.ask_for_all(connection, Deadline(DEADLINE))
+    assert {name: (task.pid, task.status, task.exit_status) for name, task in answer.items()} == {
+        "web": (1, task_pb2.Status.PAUSED, 0),
+        "db": (3, task_pb2.Status.STOPPED, 5),
+    }
+    server.script("Tasks.List", fail(grpc.StatusCode.UNAVAILABLE))
+    with pytest.raises(UnavailableError, match="cannot list the tasks of namespace 'test'"):
+        catchup.ask_for_all(connection, Deadline(DEADLINE))
 
 
 def test_a_question_has_a_deadline(server: Scripted, connection: Connection) -> None:

@@ -20,6 +20,15 @@ from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
 from tests.integration.containers import shims_of, wait_until
 
+
+# Tests keep content and snapshots that nothing refers to: no garbage collection may come upon them in between.
+_NO_COLLECTION = {
+    "io.containerd.gc.v1.scheduler": {
+        "deletion_threshold": 0,
+        "mutation_threshold": 1_000_000,
+        "startup_delay": "24h",
+    }
+}
 _SERVERS = (
     "fake, scripted runtime",
     "fake, host runtime",
@@ -41,7 +50,9 @@ def _real(binary: Path, rootfs: Path) -> Iterator[Server]:
     directory = Path(tempfile.mkdtemp(prefix="lcd-"))
     directory.chmod(0o755)
     try:
-        with Remote.start(directory / "root", directory / "state", binary=str(binary)) as remote:
+        with Remote.start(
+            directory / "root", directory / "state", binary=str(binary), plugins=_NO_COLLECTION
+        ) as remote:
             with remote.new_client("version") as client:
                 name = f"containerd {client.version().version}"
             yield Server(name, remote.address, rootfs, real=True)

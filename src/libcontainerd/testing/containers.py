@@ -130,10 +130,7 @@ class Containers(ContainersServicer):
 
     def _list(self, request: ListContainersRequest, context: grpc.ServicerContext) -> list[Container]:
         namespace = namespace_of(context)
-        try:
-            filters = parse_filters(request.filters)
-        except Refusal as refusal:
-            raise invalid_argument(refusal.details) from refusal
+        filters = parse_filters(request.filters)
         with self._store.lock:
             containers = sorted(self._store.space(namespace).containers.items())
         return [
@@ -176,7 +173,9 @@ class Containers(ContainersServicer):
             if not paths:
                 _check_immutable(target, source)
                 paths = list(_ALL_PATHS)
-            for path in set_masked_labels(target.labels, source.labels, paths, "containers"):
+            for path in set_masked_labels(
+                target.labels, source.labels, paths, "update failed validation: containers"
+            ):
                 _set(target, source, path)
             _check(target, "update")
             target.updated_at.CopyFrom(stamp(self._store.clock()))

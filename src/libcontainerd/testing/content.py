@@ -172,11 +172,15 @@ class Content(content_pb2.ContentServicer):
         self, request: content_pb2.StatusRequest, context: grpc.ServicerContext
     ) -> content_pb2.StatusResponse:
         """Describe what is being written under a ref."""
-        namespace = namespace_of(context)
+        doing = f'could not get status for ref "{request.ref}"'
+        try:
+            namespace = namespace_of(context)
+        except Refusal as refusal:
+            raise Refusal(refusal.code, f"{doing}: {refusal.details}") from refusal
         with self._store.lock:
             ingest = self._store.space(namespace).ingests.get(request.ref)
             if ingest is None:
-                raise not_found(f'could not get status for ref "{request.ref}": reference {request.ref}')
+                raise not_found(f"{doing}: reference {request.ref}")
             return content_pb2.StatusResponse(status=ingest.message())
 
     def ListStatuses(

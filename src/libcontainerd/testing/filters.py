@@ -58,14 +58,14 @@ class _Parser:
         selectors = [self._selector()]
         while self._at < len(self._text):
             if self._text[self._at] != ",":
-                raise self._error(self._at, self._at + 1, f"unexpected input: {self._text[self._at]}")
+                raise self._error(self._at, f"unexpected input: {self._text[self._at]}")
             self._at += 1
             selectors.append(self._selector())
         return tuple(selectors)
 
-    def _error(self, start: int, end: int, reason: str) -> FilterError:
+    def _error(self, at: int, reason: str) -> FilterError:
         text = self._text
-        shown = text if start >= len(text) else f"{text[:start]} >|{text[start:end]}|< {text[end:]}"
+        shown = text if at >= len(text) else f"{text[:at]} >|{text[at]}|< {text[at + 1 :]}"
         return FilterError(f"filters: parse error: [{shown}]: {reason}: invalid argument")
 
     def _selector(self) -> Selector:
@@ -89,15 +89,15 @@ class _Parser:
         if match := _FIELD.match(self._text, self._at):
             self._at = match.end()
             return match.group()
-        raise self._error(self._at, self._at + 1, "expected field or quoted")
+        raise self._error(self._at, "expected field or quoted")
 
     def _operator(self) -> str:
         self._skip_space()
         match = _OPERATOR.match(self._text, self._at)
         if match is None:
-            raise self._error(self._at, self._at + 1, "expected an operator (==|!=|~=)")
+            raise self._error(self._at, 'expected an operator ("=="|"!="|"~=")')
         if match.group() not in _OPERATORS:
-            raise self._error(self._at, match.end(), f'unsupported operator "{match.group()}"')
+            raise self._error(self._at, f'unsupported operator "{match.group()}"')
         self._at = match.end()
         return match.group()
 
@@ -108,13 +108,13 @@ class _Parser:
             return self._quoted(first)
         if first in ("/", "|") and first:
             if self._text.find(first, self._at + 1) < 0:
-                raise self._error(self._at, self._at + 1, "quoted literal not terminated")
+                raise self._error(self._at, "quoted literal not terminated")
             if operator != "~=":
-                raise self._error(self._at, self._at + 1, "invalid quote encountered")
+                raise self._error(self._at, "invalid quote encountered")
             return self._quoted(first)
         match = _VALUE.match(self._text, self._at)
         if match is None:
-            raise self._error(self._at, self._at + 1, "expected value or quoted")
+            raise self._error(self._at, "expected value or quoted")
         rest = _UNQUOTED_REST.match(self._text, match.end())
         self._at = match.end() if rest is None else rest.end()
         return self._text[match.start() : self._at]
@@ -135,7 +135,7 @@ class _Parser:
                 char = escaped if quote in (escaped, '"') else f"\\{escaped}"
             taken.append(char)
             self._at += 1
-        raise self._error(start, start + 1, "quoted literal not terminated")
+        raise self._error(start, "quoted literal not terminated")
 
 
 class Filters:

@@ -26,8 +26,8 @@ from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.testing.containers import parse_filters
 from libcontainerd.testing.filters import fields
 from libcontainerd.testing.refusals import (
+    Refusal,
     already_exists,
-    check_labels,
     invalid_argument,
     is_digest,
     namespace_of,
@@ -41,16 +41,20 @@ if TYPE_CHECKING:
 
 
 def _key(resource: Resource) -> tuple[str, str]:
-    kind, _, snapshotter = resource.type.partition("/")
-    if kind == "content":
-        if not is_digest(resource.id):
+    kind, separator, snapshotter = resource.type.partition("/")
+    if kind in ("content", "ingests"):
+        if separator:
+            raise invalid_argument(f"invalid resource type {resource.type}")
+        if kind == "content" and not is_digest(resource.id):
             raise invalid_argument(
                 f"invalid content resource id {resource.id}: invalid checksum digest format"
             )
     elif kind == "snapshots":
-        if not snapshotter:
+        if not separator:
             raise invalid_argument(f"invalid snapshot resource type {resource.type}")
-    elif kind != "ingests":
+        if not snapshotter:  # the database has no bucket without a name
+            raise Refusal(grpc.StatusCode.UNKNOWN, "bucket name required")
+    else:
         raise unimplemented(f"resource type {resource.type} not supported yet: not implemented")
     return resource.type, resource.id
 
@@ -64,7 +68,6 @@ class Leases(LeasesServicer):
     def Create(self, request: CreateRequest, context: grpc.ServicerContext) -> CreateResponse:
         """Make a lease; one without an id gets one."""
         namespace = namespace_of(context)
-        check_labels(request.labels, "lease")
         with self._store.lock:
             space = self._store.make_space(namespace)
             now = self._store.clock()

@@ -112,7 +112,10 @@ class Namespaces(NamespacesServicer):
             if not self._store.has_space(source.name):
                 raise not_found(f'namespace "{source.name}"')
             labels = self._store.space(source.name).labels
-            set_masked_labels(labels, source.labels, paths or ["labels"], "namespace")
+            try:
+                set_masked_labels(labels, source.labels, paths or ["labels"], "namespace")
+            except Refusal as refusal:  # of this call alone containerd does not translate the error
+                raise Refusal(grpc.StatusCode.UNKNOWN, refusal.details) from refusal
         self._exchange.publish(
             _publisher_in(context),
             "/namespaces/update",

@@ -90,10 +90,9 @@ def check_labels(labels: Mapping[str, str], what: str) -> None:
     """
     for key, value in labels.items():
         if len(key.encode()) + len(value.encode()) > _MAX_LABEL_BYTES:
-            shown = key if len(key) <= 10 else f"{key[:10]}..."
             raise invalid_argument(
                 f"{what}.Labels: label key and value greater than maximum size ({_MAX_LABEL_BYTES} bytes),"
-                f" key: {shown}"
+                f" key: {key[:10]}"
             )
 
 

@@ -16,8 +16,7 @@ import grpc
 from libcontainerd._wire.pb.events import snapshot_pb2 as snapshot_events
 from libcontainerd._wire.pb.services import snapshots_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
-from libcontainerd.testing.containers import parse_filters
-from libcontainerd.testing.filters import fields
+from libcontainerd.testing.filters import FilterError, Filters, fields
 from libcontainerd.testing.objects import Snapshot
 from libcontainerd.testing.refusals import (
     Refusal,
@@ -98,7 +97,7 @@ class Snapshots(snapshots_pb2.SnapshotsServicer):
     ) -> Snapshot:
         namespace = namespace_of(context)
         _check_snapshotter(snapshotter)
-        check_labels(labels, "snapshot")
+        check_labels(labels, "info")
         if not key:
             raise Refusal(grpc.StatusCode.UNKNOWN, "bucket name required")
         now = self._store.clock()
@@ -136,7 +135,7 @@ class Snapshots(snapshots_pb2.SnapshotsServicer):
         if snapshot.kind == _COMMITTED:
             name = f"{namespace_of(context)}/{snapshot.number}/{snapshot.name}"
             raise failed_precondition(
-                f"failed to get active mount: requested snapshot {name} not active or view"
+                f"failed to get snapshot mount: requested snapshot {name} not active or view"
             )
         return snapshots_pb2.MountsResponse(mounts=snapshot.mounts())
 
@@ -144,7 +143,7 @@ class Snapshots(snapshots_pb2.SnapshotsServicer):
         """Keep what was written, under a name."""
         namespace = namespace_of(context)
         _check_snapshotter(request.snapshotter)
-        check_labels(request.labels, "snapshot")
+        check_labels(request.labels, "info")
         with self._store.lock:
             space = self._store.space(namespace)
             snapshot = _snapshot(space, request.snapshotter, request.key)
@@ -197,7 +196,7 @@ class Snapshots(snapshots_pb2.SnapshotsServicer):
         with self._store.lock:
             labels = dict(snapshot.labels)
             paths = list(request.update_mask.paths) or ["labels"]
-            for path in set_masked_labels(labels, request.info.labels, paths, "snapshot"):
+            for path in set_masked_labels(labels, request.info.labels, paths, "info"):
                 raise invalid_argument(f'cannot update "{path}" field on snapshot "{request.info.name}"')
             snapshot.labels = labels
             snapshot.updated_at = self._store.clock()
@@ -210,9 +209,10 @@ class Snapshots(snapshots_pb2.SnapshotsServicer):
         _check_snapshotter(request.snapshotter)
         try:
             namespace = namespace_of(context)
-        except Refusal as refusal:  # of this call alone containerd does not translate the error
-            raise Refusal(grpc.StatusCode.UNKNOWN, refusal.details) from refusal
-        filters = parse_filters(request.filters)
+            filters = Filters(request.filters)
+        except (Refusal, FilterError) as error:  # of this call alone containerd does not translate errors
+            text = error.details if isinstance(error, Refusal) else str(error)
+            raise Refusal(grpc.StatusCode.UNKNOWN, text) from error
         with self._store.lock:
             snapshots = sorted(self._store.space(namespace).snapshots.items())
             found = [

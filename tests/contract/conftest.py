@@ -20,7 +20,6 @@ from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
 from tests.integration.containers import shims_of, wait_until
 
-
 # Tests keep content and snapshots that nothing refers to: no garbage collection may come upon them in between.
 _NO_COLLECTION = {
     "io.containerd.gc.v1.scheduler": {

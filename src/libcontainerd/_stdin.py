@@ -40,6 +40,8 @@ class StdinCloser:
 
     def owner_closed(self, container: Container, process: Process, stream: InputStream) -> None:
         """The owner has closed the stream and the process is there: end its input, in the background."""
+        if self._connection.inherited:
+            return  # a forked child: the input goes on, and is its parent's to end
         key = container.id, process.id, "stdin"
         self._background.append(key, partial(self._end, container, process, stream))
 

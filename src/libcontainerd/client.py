@@ -90,8 +90,7 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 _log = structlog.get_logger("libcontainerd")
-_live_clients: weakref.WeakKeyDictionary[Client, int] = weakref.WeakKeyDictionary()
-"""With the process that made each."""
+_live_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 class Client:
@@ -104,6 +103,10 @@ class Client:
 
     Beside what each method says it raises, any may raise `UnavailableError`, `DeadlineExceededError`,
     `CallCancelledError`, `PermissionDeniedError`, `NotImplementedByServerError` and `SystemFailureError`.
+
+    A client is of the process that made it. In a child that was forked from it every method raises
+    `FailedPreconditionError`, and `close` does nothing; the child can make a client of its own. Programs that are started
+    with `subprocess` inherit nothing of it.
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class Client:
             self._connection.close()
             self._subscriber.join(_JOIN_SECONDS)
             raise
-        _live_clients[self] = os.getpid()
+        _live_clients.add(self)
         # Last registered, first called: before the containerd that this one talks to is stopped.
         atexit.unregister(_close_at_exit)
         atexit.register(_close_at_exit)
@@ -194,7 +197,10 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing.is_set() else f"{len(self._containers.all())} containers"
+        if self._connection.inherited:
+            state = "of another process"
+        else:
+            state = "closed" if self._closing.is_set() else f"{len(self._containers.all())} containers"
         return f"<Client of namespace {self._namespace!r} at {self._connection.address}: {state}>"
 
     @property
@@ -796,10 +802,13 @@ class Client:
 
         Reads no further events, lets those that are queued finish as long as there is time, cancels calls that are under
         way and IO that is attached, and closes the channel. Calls from other threads return when the first has done so.
+        In a forked child it does nothing.
 
         Args:
             timeout: Seconds after which this returns in any case. A backend that is still blocked then keeps its thread.
         """
+        if self._connection.inherited:
+            return  # its parent's, as the containers are; and a lock that was held at the fork is held for ever
         deadline = time.monotonic() + timeout
 
         def left() -> float:
@@ -812,7 +821,7 @@ class Client:
             if not self._delivery.runs_caller():
                 self._closed.wait(left())
             return
-        _live_clients.pop(self, None)
+        _live_clients.discard(self)
         self._subscriber.stop()
         self._patrol.stop()
         self._delivery.close(left())
@@ -837,17 +846,18 @@ class Client:
 
         Raises:
             CallCancelledError: the client is closed.
+            FailedPreconditionError: this process was forked from the one that made the client.
         """
+        self._connection.refuse_if_inherited()
         if self._cut.is_set():
             raise CallCancelledError("the client is closed")
         return Deadline(self._default_timeout if timeout is None else timeout)
 
 
 def _close_at_exit() -> None:
-    """A program that ends without closing its clients must not hang in gRPC's threads; its parent's are not its own."""
-    for client, pid in list(_live_clients.items()):
-        if pid == os.getpid():
-            client.close(timeout=1.0)
+    """A program that ends without closing its clients must not hang in gRPC's threads."""
+    for client in list(_live_clients):
+        client.close(timeout=1.0)
 
 
 def _left(deadline: Deadline, doing: str) -> float:

@@ -1376,9 +1376,13 @@ def test_a_forked_child_leaves_its_parents_clients_alone(
         child.setattr(os, "getpid", lambda: -1)
         own = connect(server, tmp_path / "own")
         client_module._close_at_exit()
+        client.close()
+        assert "of another process" in repr(client)
+        with pytest.raises(FailedPreconditionError, match="which was forked from it"):
+            client.version()
     assert own.closed
     assert not client.closed
-    own.close()
+    client.version()
 
 
 # ---------------------------------------------------------------------------------------- what ends before it has started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -93,6 +94,15 @@ def test_an_input_that_its_owner_closed_is_ended_although_containerd_was_away(de
     assert logs == []
     desk.closer.close(desk.container, desk.process, Deadline(DEADLINE))
     assert len(desk.server.called(CLOSE_IO)) == 4, "it was told, and is not told again"
+
+
+def test_a_forked_child_ends_no_input(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        desk.closer.owner_closed(desk.container, desk.process, desk.stream)
+    assert desk.background.close(DEADLINE) == 0
+    assert desk.server.called("Tasks.CloseIO") == []
+    assert not desk.stream.ended.is_set()
 
 
 def test_closing_an_input_whose_end_could_not_be_told_tells_it_then(desk: Desk) -> None:

@@ -27,6 +27,7 @@ from libcontainerd._wire.pb.services.version_pb2 import VersionStub
 from libcontainerd.errors import (
     CallCancelledError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidParameterError,
     LibcontainerdError,
     PermissionDeniedError,
@@ -229,6 +230,27 @@ class Connection:
         self.versions = VersionStub(self._channel)
         self._lock = threading.Lock()  # guards _closed; innermost, nothing is called while it is held
         self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked from the one that made the connection: it is that one's, and its locks' state too."""
+        return os.getpid() != self._process
+
+    def refuse_if_inherited(self) -> None:
+        """Have only the process that made the connection use it.
+
+        A forked child has a copy of the socket and none of the threads: what it sent would spoil its parent's calls, and what
+        it waited for would never come.
+
+        Raises:
+            FailedPreconditionError: this is another process.
+        """
+        if self.inherited:
+            raise FailedPreconditionError(
+                f"a client that process {self._process} made cannot be used in process {os.getpid()}, which was forked"
+                " from it: make a client of its own there"
+            )
 
     def call(
         self,
@@ -247,8 +269,10 @@ class Connection:
             deadline: When to give up.
 
         Raises:
-            LibcontainerdError: by the answer's status code; `CallCancelledError` when the connection was closed.
+            LibcontainerdError: by the answer's status code; `CallCancelledError` when the connection was closed;
+                `FailedPreconditionError` in a forked child.
         """
+        self.refuse_if_inherited()
         timeout = deadline.grpc_timeout()
         if timeout is not None and timeout <= 0:
             raise UnsentTooLateError(f"cannot {doing}: the deadline has passed")

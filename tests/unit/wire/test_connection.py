@@ -379,6 +379,21 @@ def test_a_closed_connection_cancels(server: Scripted) -> None:
     assert server.calls == []
 
 
+def test_a_forked_child_sends_nothing(
+    server: Scripted, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(connection)
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        assert connection.inherited
+        with pytest.raises(
+            FailedPreconditionError, match=r"process \d+ made cannot be used in process -1, which was forked"
+        ):
+            ask(connection)
+    ask(connection)
+    assert len(server.calls) == 2, "those of the parent"
+
+
 def test_close_cuts_off_calls_and_streams(server: Scripted) -> None:
     held = [Held(), Held()]
     server.script("Version.Version", *held)

@@ -6,6 +6,7 @@ Their owner is the user that is root inside the container, so that a runtime in 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd.errors import (
     ConflictError,
     InvalidParameterError,
@@ -31,6 +33,9 @@ BUNDLE_LABEL: Final = "libcontainerd/bundle.path"
 LABEL_BYTES: Final = 4096  # containerd's limit for a label's key and value together
 
 _ATTEMPTS: Final = 10
+_SHOWN: Final = 200
+_MARK: Final = "exec"
+_FILE: Final = re.compile(rf"(.+)-(stdin|stdout|stderr|{_MARK})")
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -82,6 +87,55 @@ class Bundle:
                     _refuse_anothers(path, owner, container_id)
                     return cls(path, owner, tuple(made))
             raise FileNotFoundError(f"{full}: its parents keep disappearing")
+
+    @classmethod
+    def find(cls, state_dir: str, container_id: str, owner: tuple[int, int], label: str) -> Bundle:
+        """Say where the bundle of a container is that an earlier client has made; it may be gone.
+
+        Args:
+            state_dir: This client's.
+            container_id: The container.
+            owner: uid and gid on the host of the container's root.
+            label: The path that the container's label holds, or nothing. Anybody may have written it: one that `prepare`
+                would not have chosen in this state directory is not followed, and logged.
+        """
+        plain = os.path.join(state_dir, container_id)
+        if not label:
+            return cls(plain, owner)
+        suffixes = ("",) if owner == (0, 0) else ("", _suffix(owner))
+        wanted, given = plain.split("/"), label.split("/")
+        ours = len(wanted) == len(given) and all(
+            theirs in [part + suffix for suffix in suffixes]
+            for part, theirs in zip(wanted, given, strict=True)
+        )
+        if ours and not os.path.islink(label):
+            return cls(label, owner)
+        _log.warning("bundle_label_ignored", container=container_id, bundle=label[:_SHOWN], used=plain)
+        return cls(plain, owner)
+
+    def mark_of(self, exec_id: str) -> str:
+        """The path of the file that stands for an exec's FIFOs where it has none; nothing for init, which is easily found."""
+        return os.path.join(self.path, f"{exec_id}-{_MARK}") if exec_id else ""
+
+    def left_behind(self) -> dict[str, set[str]]:
+        """The processes that have files here, and which: ``stdin``, ``stdout``, ``stderr``, or ``exec``, the mark."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return {}
+        found: dict[str, set[str]] = {}
+        for name in names:
+            if match := _FILE.fullmatch(name):
+                with suppress(InvalidParameterError):  # somebody else's file
+                    check_identifier("process id", match[1])
+                    found.setdefault(match[1], set()).add(match[2])
+        return found
+
+    def forget(self, process_id: str, files: set[str]) -> None:
+        """Remove what a process that is not there any more has left here."""
+        for each in files:
+            with suppress(OSError):
+                os.unlink(os.path.join(self.path, f"{process_id}-{each}"))
 
     def ensure(self) -> None:
         """Make the directory again if somebody has taken it away: a cleaner of temporary files, or a lost race.

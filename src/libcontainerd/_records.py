@@ -77,6 +77,13 @@ TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
     (State.EXITED, Step.REMOVE): State.GONE,
 }
 
+_STEPS_TO: Final[Mapping[State, tuple[Step, ...]]] = {
+    State.CREATED: (Step.CREATE,),
+    State.RUNNING: (Step.CREATE, Step.START),
+    State.PAUSED: (Step.CREATE, Step.START, Step.PAUSE),
+}
+"""How a process gets there that was found in containerd."""
+
 _STEP_OF_EVENT: Final[Mapping[EventType, Step]] = {
     EventType.CREATE: Step.CREATE,
     EventType.START: Step.START,
@@ -284,6 +291,39 @@ class Container:
                 raise ConflictError(f"cannot exec {process_id!r} in container {self.id!r}: id already in use")
             process = self.execs[process_id] = Process(process_id)
             return process
+
+    def reserve_found(self, process_id: str) -> Process:
+        """Take the place of a process that may be in containerd, before that is asked for it.
+
+        Until `adopt`, what events tell of it is in the answer that comes, or found by asking once more.
+        """
+        with self.changed:
+            process = Process(process_id)
+            if process_id == INIT_PROCESS_NAME:
+                self.task = process
+            else:
+                self.execs[process_id] = process
+            return process
+
+    def adopt(self, process: Process, state: State, pid: int, ended: ExitStatus | None = None) -> None:
+        """Take over what containerd has answered of a process that was found.
+
+        Args:
+            process: As reserved.
+            state: How it is, or was when it ended.
+            pid: Its pid.
+            ended: How it ended, if that shall not be told as an event.
+        """
+        with self.changed:
+            process.answered = True
+            process.pid = pid
+            for step in _STEPS_TO[state]:
+                process.advance(step)
+            if ended is not None:
+                self._latch(process, ended)
+                process.reported = True
+                _remember(self._runs, (process.id, pid), None, _EXITS_PER_CONTAINER)
+            self.changed.notify_all()
 
     def reserve_deletion(self) -> None:
         """Take the container's end.
@@ -544,10 +584,14 @@ class Container:
             return [each.attached for each in self._processes() if each.attached is not None]
 
     def attached_and_started(self) -> list[Attached]:
-        """The IO of every process that has any and is not just being started."""
+        """The IO of every process that has any and is not just being started, or restored."""
         made = (State.RESERVED, State.CREATED)
         with self.changed:
-            return [each.attached for each in self._processes() if each.attached and each.state not in made]
+            return [
+                each.attached
+                for each in self._processes()
+                if each.attached and not (each.making and each.state in made)
+            ]
 
     def _processes(self) -> list[Process]:
         return [*([] if self.task is None else [self.task]), *self.execs.values()]
@@ -573,27 +617,31 @@ class ContainerMap:
         self._containers: dict[str, Container] = {}
         self._deleted: OrderedDict[str, Container] = OrderedDict()
 
-    def reserve(self, container_id: str) -> Container:
+    def reserve(self, container_id: str, verb: str = "create") -> Container:
         """Take an id.
+
+        Args:
+            container_id: The id.
+            verb: What for, for the error's message.
 
         Raises:
             ConflictError: it is taken.
         """
         with self._lock:
             if container_id in self._containers:
-                raise ConflictError(f"cannot create container {container_id!r}: id already in use")
+                raise ConflictError(f"cannot {verb} container {container_id!r}: id already in use")
             earlier = self._deleted.get(container_id)
             container = Container(container_id, () if earlier is None else earlier.runs())
             self._containers[container_id] = container
             return container
 
     def release(self, container: Container) -> None:
-        """The creation failed: the id is free again."""
+        """The creation or restoration failed: the id is free again."""
         with self._lock:
             del self._containers[container.id]
 
     def publish(self, container: Container) -> None:
-        """The creation succeeded: what is remembered of an earlier container of that id no longer answers."""
+        """It succeeded: what is remembered of an earlier container of that id no longer answers."""
         with self._lock:
             self._deleted.pop(container.id, None)
 

@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Final
 from google.protobuf.message import DecodeError, Message
 
 from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES
+from libcontainerd._records import SpecFacts
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.runc.options_pb2 import Options
-from libcontainerd.errors import InvalidParameterError
+from libcontainerd.errors import InvalidParameterError, SystemFailureError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from libcontainerd import oci
+    from libcontainerd._wire.pb.services import containers_pb2
     from libcontainerd._wire.pb.wellknown_pb2 import Any
 
 _NO_PIVOT_ROOT: Final = "DOCKER_RAMDISK"
 """The environment variable that says the root file system is a ramdisk, which pivot_root cannot leave."""
 
+
+_NO_ID: Final = (1 << 32) - 1
+_SHOWN: Final = 40
 
 _RUNC: Final = re.compile(r"io\.containerd\.runc\.v[12]")
 
@@ -132,6 +137,47 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise InvalidParameterError(
                 f"label {key[:80]!r}: key and value have more than {LABEL_BYTES} bytes together"
             )
+
+
+def read_facts(container: containers_pb2.Container) -> SpecFacts:
+    """Read what is to be remembered of a container that containerd has, past the spec's models, for which thousands are many.
+
+    Raises:
+        SystemFailureError: its spec or its options cannot be read.
+    """
+    doing = f"read the spec of container {container.id!r}"
+    try:
+        spec = typeurl.unpack_json(container.spec, typeurl.SPEC_URL)
+        options = None
+        if typeurl.is_a(container.runtime.options, Options):
+            options = typeurl.unpack(container.runtime.options, Options)
+    except typeurl.DecodeError as error:
+        raise SystemFailureError(f"cannot {doing}: {error}") from error
+    linux = _mapping(spec.get("linux"))
+    owner = (0, 0)
+    if any(_mapping(each).get("type") == "user" for each in _list(linux.get("namespaces"))):
+        owner = (_host_root(linux.get("uidMappings"), doing), _host_root(linux.get("gidMappings"), doing))
+    return SpecFacts(
+        terminal=_mapping(spec.get("process")).get("terminal") is True, owner=owner, options=options
+    )
+
+
+def _host_root(mappings: object, doing: str) -> int:
+    for each in map(_mapping, _list(mappings)):
+        if each.get("containerID", 0) == 0 and each.get("size", 0) != 0:
+            host = each.get("hostID", 0)
+            if not isinstance(host, int) or not 0 <= host < _NO_ID:
+                raise SystemFailureError(f"cannot {doing}: there is no user {str(host)[:_SHOWN]}")
+            return host
+    return 0
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def mapped_root(spec: oci.Spec) -> tuple[int, int]:

@@ -146,6 +146,8 @@ class Starter:
             FifoSet.within(bundle.path, process.id, with_stdin=with_stdin, terminal=terminal),
             owner=bundle.owner,
             on_stdin_close=partial(self._stdin.owner_closed, container, process),
+            name=(container.id, process.id),
+            mark=bundle.mark_of(process.exec_id),
         )
         container.attach(process, attached)
         return attached

@@ -60,10 +60,22 @@ class StdinCloser:
                 return
         self._close_io(container, process, deadline)
 
+    def ended_before(self, container: Container, process: Process) -> None:
+        """An earlier client has closed the stream, but perhaps not come to tell the shim: do that, in the background."""
+        key = container.id, process.id, "stdin"
+        self._background.append(key, partial(self._let_go, container, process))
+
     def _end(self, container: Container, process: Process, stream: InputStream) -> None:
         try:
             stream.end_input()
-            deadline = Deadline(CLEAN_UP_SECONDS)
+            stream.told = self._let_go(container, process)
+        finally:
+            stream.ended.set()
+
+    def _let_go(self, container: Container, process: Process) -> bool:
+        """Have the shim let go of a process's stdin, and say whether it does."""
+        deadline = Deadline(CLEAN_UP_SECONDS)
+        try:
             while True:
                 try:
                     self._close_io(container, process, deadline)
@@ -72,8 +84,7 @@ class StdinCloser:
                     if deadline.remaining() > 0 and not self._closing.wait(_RETRY_SECONDS):
                         continue
                     raise
-                break
-            stream.told = True
+                return True
         except LibcontainerdError as error:
             if not self._closing.is_set():
                 _log.warning(
@@ -83,8 +94,7 @@ class StdinCloser:
                     exec=process.exec_id,
                     error=str(error),
                 )
-        finally:
-            stream.ended.set()
+            return False
 
     def _close_io(self, container: Container, process: Process, deadline: Deadline) -> None:
         """Have the shim let go of the process's stdin; a process that has ended needs it no more."""

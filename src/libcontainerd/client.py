@@ -28,6 +28,7 @@ from libcontainerd._events.patrol import Patrol
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
+from libcontainerd._restore import Restorer
 from libcontainerd._runtime import (
     check_labels,
     mapped_root,
@@ -60,6 +61,7 @@ from libcontainerd.stats import Stats, read_stats
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
     ExitStatus,
+    Restored,
     Status,
     Summary,
     Version,
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from libcontainerd import oci
+    from libcontainerd._restore import AttachExecStdio
     from libcontainerd.cio import AttachStdio
     from libcontainerd.types import Backend
 
@@ -174,6 +177,16 @@ class Client:
             self._connection, self._shelter, self._containers, backend, self._background
         )
         self._patrol = Patrol(self._connection, self._containers, self._delivery, self._background)
+        self._restorer = Restorer(
+            self._connection,
+            self._shelter,
+            self._containers,
+            self._delivery,
+            self._stdin,
+            state_dir=self._state_dir,
+            look_again=self._patrol.catch_up,
+            cut=self._cut,
+        )
         self._subscriber = Subscriber(
             self._connection, on_event=self._delivery.receive, on_live=self._patrol.catch_up
         )
@@ -396,6 +409,73 @@ class Client:
             if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
                 raise ended.error
         self.delete(name, timeout=_left(deadline, doing))
+
+    # --------------------------------------------------------------------------------------- after a program's restart
+
+    def restore(
+        self,
+        container_id: str,
+        attach_stdio: AttachStdio = null_io,
+        *,
+        attach_exec_stdio: AttachExecStdio | None = None,
+        timeout: float | None = None,
+    ) -> Restored:
+        """Take back a container that an earlier client has left: its record, task and execs, and their stdio.
+
+        What ended while no client was there: init's end is told by ``alive=False``, by `wait`, and by `delete_task`, without
+        an event; an exec's by an exit event with its real code, after which it is cleaned up like any other. The execs that
+        ended with a task that containerd no longer knows are not told. An exec that was never started is deleted.
+
+        Stdio is attached to the same FIFOs, and nothing that a process wrote meanwhile is missing: it waits when the FIFO is
+        full. What had ended by then, with its output unread, may have lost it. Where FIFOs are gone, a process is restored
+        without stdio, which is logged. A container whose task is gone can be started again.
+
+        Args:
+            container_id: A container that containerd has and this client does not.
+            attach_stdio: What becomes of init's stdio; see `start`. A destination opens nothing: right for a process that was
+                started with one, while one that was started with FIFOs then waits for a reader when they are full.
+            attach_exec_stdio: The same for execs: a callback gets the exec's id first. None reads output and discards it,
+                and leaves stdin open for `close_stdin`.
+            timeout: See the class.
+
+        Returns:
+            Whether the task is alive, its pid, and the execs that run.
+
+        Raises:
+            NotFoundError: containerd has no such container.
+            ConflictError: the id is in use here: created, restored, or just about to be.
+            InvalidParameterError: an argument cannot be used.
+            Exception: what a callback raised. After any error, no record, task or IO of this restore is left here, and
+                processes go on.
+        """
+        deadline = self._deadline(timeout)
+        return self._restorer.restore(container_id, attach_stdio, attach_exec_stdio, deadline)
+
+    def restore_all(
+        self,
+        attach_stdio: AttachStdio,
+        *,
+        attach_exec_stdio: AttachExecStdio | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, Restored | Exception]:
+        """Restore every container of the namespace that a client of this library has made, for a daemon's start.
+
+        For thousands, with a few calls together: only an exec costs calls of its own. Containers that are in use here
+        already are left out. Callbacks may be called from several threads; ``DirectIO.container_id`` says for which container.
+
+        Args:
+            attach_stdio: As for `restore`, like the others.
+            attach_exec_stdio: See `restore`.
+            timeout: See the class; for all of them together. A container of its own gets 20 seconds at most.
+
+        Returns:
+            For each container what `restore` would return, or raise: one that is broken spoils no other.
+
+        Raises:
+            InvalidParameterError: an argument cannot be used.
+        """
+        deadline = self._deadline(timeout)
+        return self._restorer.restore_all(attach_stdio, attach_exec_stdio, deadline)
 
     # ------------------------------------------------------------------------------------------- starting processes
 

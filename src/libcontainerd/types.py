@@ -97,6 +97,21 @@ class Summary(NamedTuple):
     process_id: str
 
 
+class Restored(NamedTuple):
+    """A container as `Client.restore` has found it.
+
+    Attributes:
+        alive: Its task is there and has not ended: it runs, is frozen, or was never started.
+        pid: The init process's, in the host's pid namespace; that of a task that has ended may be another's by now. 0 without
+            a task.
+        execs: The ids of the execs that run, with their pids.
+    """
+
+    alive: bool
+    pid: int
+    execs: dict[str, int]
+
+
 class Backend(Protocol):
     """**Protocol**: the user's object that receives a client's events."""
 

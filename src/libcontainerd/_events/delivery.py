@@ -118,7 +118,7 @@ class Delivery:
         if process.attached is not None:
             self._background.append((container.id, process.id, "io"), process.attached.process_ended)
         if not process.exec_id and container.running_execs():
-            self._background.append((container.id, "execs"), partial(self._look_for_execs, container))
+            self.follow_execs(container)
 
     def _deliver(self, event: EventType, info: EventInfo) -> None:
         if self._backend is None:
@@ -193,6 +193,10 @@ class Delivery:
         """See that an exit that is known is reported: by its event, or without where that does not come soon."""
         if not container.wait_reported(process, _LATE_EVENT_SECONDS):
             self._report(container, process)
+
+    def follow_execs(self, container: Container) -> None:
+        """Init has ended: see in the background that the exits of its execs follow."""
+        self._background.append((container.id, "execs"), partial(self._look_for_execs, container))
 
     def _look_for_execs(self, container: Container) -> None:
         """After init's end: find out about execs whose exits do not follow. A shim that was killed tells of init alone."""

@@ -285,6 +285,31 @@ class Connection:
                 raise
             raise UnsentCancelledError(f"cannot {doing}: the client is closed") from error
 
+    def read(
+        self,
+        method: grpc.UnaryStreamMultiCallable[_Request, _Response],
+        request: _Request,
+        *,
+        doing: str,
+        deadline: Deadline,
+    ) -> list[_Response]:
+        """Call a method that answers with a stream, and read that to its end.
+
+        Raises:
+            LibcontainerdError: as `call`.
+        """
+        timeout = deadline.grpc_timeout()
+        if timeout is not None and timeout <= 0:
+            raise UnsentTooLateError(f"cannot {doing}: the deadline has passed")
+        try:
+            return list(method(request, timeout=timeout, metadata=self.metadata))
+        except grpc.RpcError as error:
+            raise self.error(error, doing) from error
+        except ValueError as error:  # what grpcio raises on a closed channel
+            if not self._closed:
+                raise
+            raise UnsentCancelledError(f"cannot {doing}: the client is closed") from error
+
     def error(self, error: grpc.RpcError, doing: str) -> LibcontainerdError:
         """Our error for one of gRPC's; a call that we cut off ourselves says so."""
         if self._closed:

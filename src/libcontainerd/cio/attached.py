@@ -11,18 +11,31 @@ import structlog
 
 from libcontainerd.cio import IO, AttachStdio, CopyIO, Destination
 from libcontainerd.cio.direct import DirectIO, drain
-from libcontainerd.cio.fifo import FifoSet
+from libcontainerd.cio.fifo import FifoSet, make_mark, unlink
 from libcontainerd.errors import InvalidParameterError, SystemFailureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from libcontainerd.cio import StdioCallback
     from libcontainerd.cio.fifo import InputStream, OutputStream
 
 _WAIT_SECONDS: Final = 10.0
 """How long a user's ``IO.wait`` is waited for once the process's output has been taken to its end."""
 
 _log = structlog.get_logger("libcontainerd")
+
+
+def check_attach_stdio(attach_stdio: object) -> None:
+    """Refuse what is neither a callback nor a destination.
+
+    Raises:
+        InvalidParameterError: it is neither.
+    """
+    if not isinstance(attach_stdio, Destination) and not callable(attach_stdio):
+        raise InvalidParameterError(
+            f"attach_stdio is a callback, or a destination such as cio.null_io, not {attach_stdio!r}"
+        )
 
 
 class Attached:
@@ -33,12 +46,13 @@ class Attached:
         direct: Our ends of the FIFOs; None for a destination that needs none.
     """
 
-    __slots__ = ("_fifos", "_io", "direct", "stderr", "stdin", "stdout")
+    __slots__ = ("_fifos", "_io", "_mark", "direct", "stderr", "stdin", "stdout")
 
-    def __init__(self, attach_stdio: Destination | FifoSet) -> None:
+    def __init__(self, attach_stdio: Destination | FifoSet, mark: str = "") -> None:
         self.stdin = "" if isinstance(attach_stdio, Destination) else attach_stdio.stdin
         self.stdout, self.stderr = attach_stdio.stdout, attach_stdio.stderr
         self._fifos = None if isinstance(attach_stdio, Destination) else attach_stdio
+        self._mark = mark
         self._io: IO | None = None
         self.direct: DirectIO | None = None
 
@@ -50,6 +64,8 @@ class Attached:
         *,
         owner: tuple[int, int],
         on_stdin_close: Callable[[InputStream], None],
+        name: tuple[str, str] = ("", ""),
+        mark: str = "",
     ) -> Attached:
         """Connect a process that does not exist yet.
 
@@ -58,40 +74,33 @@ class Attached:
             fifos: The paths to use, where FIFOs are needed.
             owner: uid and gid that new FIFOs belong to.
             on_stdin_close: As `DirectIO` wants it.
+            name: The container's id and the process's.
+            mark: The path of a file that stands for the FIFOs where none are needed; empty for none.
 
         Raises:
             InvalidParameterError: the destination cannot do what was asked, or the callback returned no IO.
             SystemFailureError: a FIFO cannot be made or opened.
             Exception: what the callback raised. Nothing is left open or behind in any of these cases.
         """
-        if not isinstance(attach_stdio, Destination) and not callable(attach_stdio):
-            raise InvalidParameterError(
-                f"attach_stdio is a callback, or a destination such as cio.null_io, not {attach_stdio!r}"
-            )
+        check_attach_stdio(attach_stdio)
         if isinstance(attach_stdio, Destination):
             attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
-            attached = cls(attach_stdio)
+            attached = cls(attach_stdio, mark)
             if fifos.terminal and not attached.stdout:
                 attached.stdout = (
                     os.devnull
                 )  # the shim copies a terminal to somewhere, and opens no empty path
+            if mark:
+                try:
+                    make_mark(mark)
+                except OSError as error:
+                    raise SystemFailureError(f"cannot make {mark}: {error}") from error
             return attached
         attached = cls(fifos)
+        direct = attached._open(fifos, owner, on_stdin_close, name)
         try:
-            # The host's root reaches them anyway, and who is not root could not give them to it.
-            mapped = owner if owner != (0, 0) else None
-            attached.direct = DirectIO(fifos, owner=mapped, on_stdin_close=on_stdin_close)
-        except OSError as error:
-            raise SystemFailureError(f"cannot open the FIFOs {', '.join(fifos.paths)}: {error}") from error
-        try:
-            io = attach_stdio(attached.direct)
-            if not isinstance(io, IO):
-                raise InvalidParameterError(
-                    f"attach_stdio returned {type(io).__name__}: it must return an IO (cancel, wait, close), such as"
-                    " the DirectIO it was given"
-                )
-            attached._io = io
-            if any(stream.closed for stream in attached.direct.outputs):
+            attached._hand_over(direct, attach_stdio)
+            if any(stream.closed for stream in direct.outputs):
                 raise InvalidParameterError(
                     "attach_stdio closed an output before the process was there, and the shim waits for a reader: use"
                     " cio.copy, which discards what it is given no destination for"
@@ -100,6 +109,67 @@ class Attached:
             attached.discard()
             raise
         return attached
+
+    @classmethod
+    def restore(
+        cls,
+        attach_stdio: AttachStdio,
+        fifos: FifoSet,
+        *,
+        on_stdin_close: Callable[[InputStream], None],
+        name: tuple[str, str],
+        mark: str,
+    ) -> Attached:
+        """Connect a process that exists, and is perhaps over, to the FIFOs that it was made with.
+
+        Args:
+            attach_stdio: The user's callback; a destination opens nothing.
+            fifos: The FIFOs' paths; with a callback they are there.
+            on_stdin_close: As `DirectIO` wants it.
+            name: The container's id and the process's.
+            mark: The file that may stand for the FIFOs.
+
+        Raises:
+            InvalidParameterError: the callback returned no IO.
+            SystemFailureError: a FIFO cannot be opened.
+            Exception: what the callback raised. Nothing is left open in any of these cases, and the FIFOs stay.
+        """
+        attached = cls(fifos, mark)
+        if isinstance(attach_stdio, Destination):
+            return attached
+        direct = attached._open(fifos, (0, 0), on_stdin_close, name)
+        try:
+            attached._hand_over(direct, attach_stdio)
+        except BaseException:
+            attached.abandon()
+            raise
+        return attached
+
+    def _open(
+        self,
+        fifos: FifoSet,
+        owner: tuple[int, int],
+        on_stdin_close: Callable[[InputStream], None],
+        name: tuple[str, str],
+    ) -> DirectIO:
+        try:
+            # The host's root reaches them anyway, and who is not root could not give them to it.
+            mapped = owner if owner != (0, 0) else None
+            self.direct = DirectIO(
+                fifos, owner=mapped, on_stdin_close=on_stdin_close, container_id=name[0], process_id=name[1]
+            )
+        except OSError as error:
+            raise SystemFailureError(f"cannot open the FIFOs {', '.join(fifos.paths)}: {error}") from error
+        return self.direct
+
+    def _hand_over(self, direct: DirectIO, attach_stdio: StdioCallback) -> None:
+        io = attach_stdio(direct)
+        if not isinstance(io, IO):
+            raise InvalidParameterError(
+                f"attach_stdio returned {type(io).__name__}: it must return an IO (cancel, wait, close), such as"
+                " the DirectIO it was given"
+            )
+        self._io = io
 
     def process_is_there(self) -> None:
         """The process can be sent its end of input."""
@@ -113,13 +183,12 @@ class Attached:
 
     def discard(self) -> None:
         """The process never came to be: cancel and close everything, and remove the FIFOs."""
-        if self.direct is None:
-            return
         try:
-            self.direct.process_ended()
-            self._quietly("cancel")
-            self._quietly("close")
-            self.direct.close()
+            if self.direct is not None:
+                self.direct.process_ended()
+                self._quietly("cancel")
+                self._quietly("close")
+                self.direct.close()
         finally:
             self.unlink()
 
@@ -136,9 +205,9 @@ class Attached:
         Returns:
             The streams that are left to their owner: they still hold bytes, or their descriptor may be about to be used.
         """
+        self.unlink()
         if self.direct is None:
             return []
-        self.unlink()
         drained = drained and drain([self.direct], limit=_WAIT_SECONDS, hurry=hurry)
         if drained and self._io is not self.direct:
             self._quietly("cancel")
@@ -178,10 +247,10 @@ class Attached:
         self._quietly("close")
 
     def unlink(self) -> None:
-        """Remove the FIFOs; the ends that are open live on."""
-        if self._fifos is not None:
-            with suppress(OSError):
-                self._fifos.unlink()
+        """Remove the FIFOs, or the mark in their place; the ends that are open live on."""
+        paths = () if self._fifos is None else self._fifos.paths
+        with suppress(OSError):
+            unlink([*paths, *([self._mark] if self._mark else ())])
 
     def _quietly(self, step: str) -> None:
         """Call the user's IO; what it raises is its own affair, said in the log."""

@@ -20,6 +20,8 @@ class DirectIO:
 
     Attributes:
         config: The FIFOs' paths.
+        container_id: Whose they are.
+        process_id: ``"init"``, or the exec's id.
         stdin: Where to write what the process shall read, or None.
         stdout: Where to read what the process writes.
         stderr: Likewise; None with a terminal.
@@ -31,6 +33,8 @@ class DirectIO:
         *,
         on_stdin_close: Callable[[InputStream], None],
         owner: tuple[int, int] | None = None,
+        container_id: str = "",
+        process_id: str = "",
     ) -> None:
         """Make the FIFOs that are missing and open our ends, without waiting for the other side.
 
@@ -39,11 +43,15 @@ class DirectIO:
             on_stdin_close: Called once, when the owner has closed stdin and the process is there; shall see to it that
                 `InputStream.end_input` is called in the background, and CloseIO sent.
             owner: uid and gid that new FIFOs shall belong to.
+            container_id: For the attribute.
+            process_id: For the attribute.
 
         Raises:
             OSError: a FIFO cannot be made or opened. What was made is removed, what was opened is closed.
         """
         self.config = config
+        self.container_id = container_id
+        self.process_id = process_id
         self._lock = threading.Lock()  # guards _on_cancel and _cancelled; nothing is called while it is held
         self._on_cancel: list[Callable[[], None]] = []
         self._cancelled = False

@@ -104,9 +104,29 @@ class FifoSet:
             raise
         return made
 
+    def there(self) -> bool:
+        """Whether every path is a FIFO that somebody has made."""
+        return all(_is_fifo(path) for path in self.paths)
+
     def unlink(self) -> None:
         """Remove the FIFOs that are there."""
         unlink(self.paths)
+
+
+def _is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def make_mark(path: str) -> None:
+    """Make an empty file that says by its name that a process without FIFOs is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
 
 
 def unlink(paths: Sequence[str]) -> None:
@@ -544,13 +564,17 @@ class InputStream(io.RawIOBase):
         """Close the FIFO in such a way that what was written and the end both reach the process.
 
         Blocks until the shim's reader has come, for ten seconds at most. The end of input needs a CloseIO as well,
-        because the shim holds a writer of its own.
+        because the shim holds a writer of its own. The FIFO's name goes: a later client that opened it for the process would
+        take the end of input back.
         """
         self._holder.close()
         deadline = time.monotonic() + _READER_WAIT_SECONDS
         pause = 0.0005
         while not self._has_reader() and time.monotonic() < deadline and not self._shut.wait(pause):
             pause = min(pause * 2, 0.02)
+        if self._has_reader():
+            with suppress(OSError):
+                os.unlink(self.path)
         self._end.close()
 
     def _has_reader(self) -> bool:

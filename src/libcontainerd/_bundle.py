@@ -6,9 +6,11 @@ Their owner is the user that is root inside the container, so that a runtime in 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import stat
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -32,7 +34,8 @@ BUNDLE_LABEL: Final = "libcontainerd/bundle.path"
 
 LABEL_BYTES: Final = 4096  # containerd's limit for a label's key and value together
 
-_ATTEMPTS: Final = 10
+_ATTEMPTS: Final = 200
+_MOST_PAUSE_SECONDS: Final = 0.01
 _SHOWN: Final = 200
 _MARK: Final = "exec"
 _FILE: Final = re.compile(rf"(.+)-(stdin|stdout|stderr|{_MARK})")
@@ -69,7 +72,7 @@ class Bundle:
         """
         full = os.path.join(state_dir, container_id)
         with _translated(f"make the bundle of container {container_id!r}"):
-            for _ in range(_ATTEMPTS):
+            for attempt in range(_ATTEMPTS):
                 made: list[str] = []
                 try:
                     path = _make_mapped(full, owner, made) if owner != (0, 0) else _make_plain(full, made)
@@ -80,6 +83,8 @@ class Bundle:
                         )
                 except FileNotFoundError:
                     _remove_empty(made)  # another container's removal took an empty parent away: once more
+                    # Uneven pauses, or those that are in each other's way stay so.
+                    time.sleep(min(attempt * 1e-4, _MOST_PAUSE_SECONDS) * random.random())  # noqa: S311 - no secret
                 except BaseException:
                     _remove_empty(made)
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -78,20 +79,24 @@ def test_the_demo_shows_a_life_and_leaves_nothing() -> None:
 
 
 def test_a_demo_that_is_interrupted_leaves_nothing() -> None:
-    with subprocess.Popen(
-        [sys.executable, EXAMPLES / "demo.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as demo:
-        assert demo.stdout is not None
+    # A pipe that holds a single write, so that the demo is never more than one line ahead of who reads it.
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    with (
+        open(reader, "rb", buffering=0) as lines,
+        subprocess.Popen(
+            [sys.executable, EXAMPLES / "demo.py"], stdout=writer, stderr=subprocess.DEVNULL
+        ) as demo,
+    ):
+        os.close(writer)
         directory = ""
-        for line in demo.stdout:
+        while line := lines.read(4096).decode():
             directory = directory or "".join(re.findall(r", in (/\S+)$", line))
             if "write to its stdin" in line:
                 demo.send_signal(signal.SIGINT)
                 break
-        demo.stdout.read()
+        while lines.read(4096):
+            pass
         assert demo.wait(30) != 0
 
     assert directory

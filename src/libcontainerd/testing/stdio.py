@@ -256,6 +256,8 @@ class ShimStdio:
                         reader.poll(select.POLLIN, None)
                         continue
                     if reader.poll(select.POLLIN) & select.POLLHUP:
+                        if self._cancelled.is_set():
+                            break  # the writer that went was our own
                         return b""
                     reader.poll(select.POLLIN, None)
             except ValueError as error:

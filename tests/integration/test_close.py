@@ -120,10 +120,15 @@ class Freezer:
     def frozen(self) -> Iterator[None]:
         """Have containerd answer nothing during the block."""
         os.kill(self._pid, signal.SIGSTOP)
+        wait_until(self._stands_still, "each of its threads has stopped")
         try:
             yield
         finally:
             os.kill(self._pid, signal.SIGCONT)
+
+    def _stands_still(self) -> bool:
+        threads = Path(f"/proc/{self._pid}/task").iterdir()
+        return all((each / "stat").read_text().rpartition(")")[2].split()[0] == "T" for each in threads)
 
 
 @pytest.fixture

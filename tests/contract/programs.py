@@ -17,6 +17,7 @@ FLOOD_BYTES: Final = 300_000
 OBEY: Final = ("sh", "-c", "trap 'exit 42' TERM; echo ready; while :; do sleep 0.02; done")
 TERMINAL: Final = ("sh", "-c", "test -t 0 && test -t 1 && echo tty")
 SIZE: Final = ("sh", "-c", "stty -echo; echo ready; read x; stty size")
+HANG_UP: Final = ("sh", "-c", "trap 'exit 9' HUP; echo hello; while :; do sleep 0.02; done")
 MISSING: Final = ("no-such-program",)
 
 
@@ -40,6 +41,13 @@ def _size(process: ScriptedProcess) -> int:
     return 0
 
 
+def _hang_up(process: ScriptedProcess) -> int:
+    process.handled.add(signal.SIGHUP)
+    process.write(b"hello\r\n")
+    process.wait_signal()
+    return 9
+
+
 def script(fake: FakeContainerd) -> None:
     """Have the scripted runtime play them."""
     for args, program in (
@@ -51,6 +59,7 @@ def script(fake: FakeContainerd) -> None:
         (OBEY, _obey),
         (TERMINAL, prints(b"tty\r\n")),
         (SIZE, _size),
+        (HANG_UP, _hang_up),
         (MISSING, fails_to_start()),
     ):
         fake.script(program, args=args)

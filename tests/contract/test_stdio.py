@@ -153,6 +153,59 @@ def test_a_terminals_size(client: Client, services: Services) -> None:
     assert b"40 120\r\n" in collected.out
 
 
+def test_the_end_of_a_terminals_input_hangs_it_up(client: Client, services: Services) -> None:
+    """Fidelity 40: the shim closes the terminal; its output ends, and the session is sent SIGHUP."""
+    client.create("c", services.spec())
+    client.start("c")
+    collected = Collected()
+    document = process_document(*programs.HANG_UP, terminal=True)
+    client.exec("c", "e", document, with_stdin=True, attach_stdio=collected)
+    collected.wait_for(b"hello\r\n")
+
+    collected.stdin.close()
+
+    assert client.wait("c", "e").code == 9
+    collected.wait()
+    assert collected.out == b"hello\r\n"
+
+
+# It ends with its input, whatever signal comes first; and it keeps what it was told beside the output.
+LOGGER = """#!/bin/sh
+trap '' TERM
+exec 5>&-
+echo "$CONTAINER_NAMESPACE $CONTAINER_ID" >"$2.words"
+cat <&3 >"$2.out" &
+cat <&4 >"$2.err"
+wait
+"""
+
+
+def test_output_to_a_program(client: Client, services: Services, tmp_path: Path) -> None:
+    logger = tmp_path / "logger"
+    logger.write_text(LOGGER)
+    logger.chmod(0o755)
+
+    def logged(name: str) -> list[str]:
+        return [(tmp_path / f"{name}.{kind}").read_text() for kind in ("words", "out", "err")]
+
+    client.create("c", services.spec(*programs.SPEAK))
+    client.start("c", attach_stdio=cio.log_uri(f"binary://{logger}?-o={tmp_path}/init"))
+    assert client.wait("c").code == 3
+    client.delete_task("c")
+    wait_until((tmp_path / "init.err").exists, "the logger has run")
+    wait_until(lambda: logged("init")[1:] == ["out\n", "err\n"], "the logger has written")
+    assert logged("init")[0] == f"{services.namespace} c\n"
+
+    client.create("d", services.spec())
+    client.start("d")
+    output = cio.log_uri(f"binary://{logger}?-o={tmp_path}/exec")
+    client.exec("d", "e", process_document(*programs.SPEAK), attach_stdio=output)
+    assert client.wait("d", "e").code == 3
+    wait_until((tmp_path / "exec.err").exists, "the logger has run")
+    wait_until(lambda: logged("exec")[1:] == ["out\n", "err\n"], "the logger has written")
+    assert logged("exec")[0] == f"{services.namespace} e\n"
+
+
 def test_fifos_that_are_told_are_told_again(client: Client, services: Services) -> None:
     collected = Collected()
     client.create("c", services.spec(*programs.CAT))

@@ -23,7 +23,7 @@ from libcontainerd._wire.pb.services import (
 from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
 from libcontainerd._wire.pb.wellknown_pb2 import Any, FieldMask
 from tests.contract import programs
-from tests.contract.servers import Refused, Server, Services, process_any, process_document, spec_any
+from tests.contract.servers import RUNTIME, Refused, Server, Services, process_any, process_document, spec_any
 
 Said = Iterator[Refused]
 
@@ -282,17 +282,55 @@ def programs_that_do_not_start(services: Services) -> Said:
 
 
 def stdio(services: Services) -> Said:
-    for number, (stdout, stderr) in enumerate(
+    s = services
+    cases = (
+        ("", "/no/such/out", "/no/such/err"),
+        ("", "gopher://out", "gopher://out"),
+        ("", "", "/dev/null"),
+        ("", "/dev/null", ""),
+        ("", "binary:///no/such/logger?a=b", ""),
+        ("", "binary:///etc/passwd", ""),
+        ("", "file:///dev/null/log", "/ignored"),
+        ("", "file:///tmp", "/ignored"),
+        ("", "fifo:///tmp/no-such", "fifo:///tmp/no-such"),
+    )
+    s.run("running")
+    for number, (stdin, stdout, stderr) in enumerate(cases):
+        name = f"c{number}"
+        s.make_container(name)
+        create = tasks_pb2.CreateTaskRequest(container_id=name, stdin=stdin, stdout=stdout, stderr=stderr)
+        yield s.refused(s.tasks.Create, create)
+        added = tasks_pb2.ExecProcessRequest(
+            container_id="running",
+            exec_id=name,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            spec=process_any(process_document()),
+        )
+        s.call(s.tasks.Exec, added)
+        yield s.refused(s.tasks.Start, tasks_pb2.StartRequest(container_id="running", exec_id=name))
+
+
+def terminals(services: Services) -> Said:
+    s = services
+    for number, stdout in enumerate(
         (
-            ("/no/such/out", "/no/such/err"),
-            ("gopher://out", "gopher://out"),
-            ("", "/dev/null"),
+            "/no/such/out",
+            "gopher://out",
+            "file:///tmp/log",
+            "binary:///no/such/logger",
+            "binary:///etc/passwd",
         )
     ):
-        name = f"c{number}"
-        services.make_container(name)
-        request = tasks_pb2.CreateTaskRequest(container_id=name, stdout=stdout, stderr=stderr)
-        yield services.refused(services.tasks.Create, request)
+        container = containers_pb2.Container(
+            id=f"c{number}",
+            runtime=containers_pb2.Container.Runtime(name=RUNTIME),
+            spec=spec_any(s.spec(terminal=True)),
+        )
+        s.create_container(container)
+        create = tasks_pb2.CreateTaskRequest(container_id=container.id, stdout=stdout, terminal=True)
+        yield s.refused(s.tasks.Create, create)
 
 
 def content(services: Services) -> Said:
@@ -449,6 +487,7 @@ SITUATIONS: tuple[Callable[[Services], Said], ...] = (
     execs,
     programs_that_do_not_start,
     stdio,
+    terminals,
     content,
     images,
     leases,

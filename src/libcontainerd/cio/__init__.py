@@ -151,7 +151,7 @@ def log_file(path: str | os.PathLike[str]) -> Destination:
 def log_uri(uri: str) -> Destination:
     """Have the shim hand a process's stdout and stderr to what a URI names.
 
-    containerd's runc shim knows ``file:///path``, ``fifo:///path`` and ``binary:///path/of/program?name=value``: it runs
+    containerd's runc shim knows ``file:///path`` and ``binary:///path/of/program?name=value``: it runs
     the program with the output on its descriptors 3 and 4, and the arguments from the query. Other shims know others, so
     any scheme is let through.
 

@@ -6,6 +6,7 @@ for the program in; namespaces, mounts, limits, capabilities and users do not ex
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -115,7 +116,7 @@ class HostProcess:
         self._silent = False
         self._lock = (
             threading.Lock()
-        )  # guards _reaped against a signal to a pid that is no longer ours; innermost
+        )  # guards _reaped and _master against a signal or a size to what is no longer ours; innermost
         self._reaped = False
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._master = -1
@@ -212,6 +213,7 @@ class HostProcess:
             self._stdio.close_output(stream)
 
     def _copy_input(self, _stream: str, fd: int) -> None:
+        ended = False
         with suppress(StdioClosedError, OSError):
             for data in iter(self._stdio.read, b""):
                 view = memoryview(data)
@@ -220,9 +222,27 @@ class HostProcess:
                         view = view[os.write(fd, view) :]
                 if view:
                     break
-        if fd != self._master and self._popen.stdin is not None:
+            else:
+                ended = True
+        if self._popen.stdin is not None:
             with suppress(OSError):
                 self._popen.stdin.close()
+        elif ended:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close the terminal, as the shim does when the terminal's input has ended: its output ends, and SIGHUP comes."""
+        os.eventfd_write(self._stop, 1)
+        for each in self._copiers:
+            if each is not threading.current_thread():
+                each.join()  # one that a client holds up ends at the latest with the process's release
+        self._close_terminal()
+
+    def _close_terminal(self) -> None:
+        with self._lock:
+            master, self._master = self._master, -1
+            if master >= 0:
+                os.close(master)
 
     # --------------------------------------------------------------------------------------------------- its execution
 
@@ -265,9 +285,12 @@ class HostProcess:
 
     def resize(self, width: int, height: int) -> None:
         """Set its terminal's size."""
-        if self._master >= 0:
-            with suppress(OSError):
-                fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        if not self._stdio.terminal:
+            return
+        with self._lock:
+            if self._master < 0:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def pids(self) -> list[int]:
         """The pids of what belongs to it, its own first."""
@@ -301,10 +324,8 @@ class HostProcess:
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
-        for fd in (self._master, self._stop):
-            if fd >= 0:
-                os.close(fd)
-        self._master = self._stop = -1
+        self._close_terminal()
+        os.close(self._stop)
 
 
 def _pids_marked(marker: bytes) -> Iterator[int]:

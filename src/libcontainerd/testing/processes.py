@@ -112,7 +112,11 @@ class Execution(Protocol):
         """Thaw it."""
 
     def resize(self, width: int, height: int) -> None:
-        """Set its terminal's size, if it has one."""
+        """Set its terminal's size, if it has one.
+
+        Raises:
+            OSError: its terminal was hung up.
+        """
 
     def pids(self) -> list[int]:
         """Its pid, and those of what it has spawned."""

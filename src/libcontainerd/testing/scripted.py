@@ -72,7 +72,9 @@ class ScriptedProcess:
         self._caught: deque[int] = deque()
         self._started = False
         self._paused = False
+        self._hung_up = False
         self._ended = False
+        stdio.on_hang_up = self._hang_up
 
     def __repr__(self) -> str:
         name = self.spec.exec_id or "init"
@@ -221,6 +223,15 @@ class ScriptedProcess:
         if number not in _IGNORED:
             self._end(128 + number)
 
+    def _hang_up(self) -> None:
+        """Its terminal's input has ended: as the shim closes the terminal, its output ends too, and it is told by SIGHUP."""
+        with self._changed:
+            self._hung_up = True
+            deaf = signal.SIGHUP not in self.handled and not self.spec.exec_id
+        self._stdio.close_output("stdout")
+        if not deaf:  # the first process of a pid namespace gets no signal that it does not handle
+            self.signal(signal.SIGHUP)
+
     def pause(self) -> None:
         """Freeze it: whatever it does next waits."""
         with self._changed:
@@ -235,6 +246,8 @@ class ScriptedProcess:
     def resize(self, width: int, height: int) -> None:
         """Note its terminal's size."""
         with self._changed:
+            if self._hung_up:
+                raise OSError(errno.EBADF, "Bad file descriptor")
             self.size = (width, height)
             self._changed.notify_all()
 

@@ -84,9 +84,7 @@ class Task:
         self.updates: list[Mapping[str, object]] = []
         self.execs: dict[str, Process] = {}
         self.restored = request.HasField("checkpoint")
-        self.init = Process(
-            spec, ShimStdio(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
-        )
+        self.init = Process(spec, _stdio_of(spec, request))
 
     # ------------------------------------------------------------------------------------------------- looking up
 
@@ -135,7 +133,7 @@ class Task:
         doing = "failed to create shim task"
         if not self.restored:
             self._make(self.init, doing, "OCI runtime create failed: runc create failed")
-            self._open(self.init, f"{doing}: failed to start io pipe copy: unable to copy pipes")
+            self._open(self.init, f"{doing}: ")
         with self.changed:
             self.creating = False
         request = self._request
@@ -160,11 +158,9 @@ class Task:
     def _make(self, process: Process, doing: str, prefix: str) -> Execution:
         before = f"{doing}: " if doing else ""
         try:
-            process.stdio.check()
+            process.stdio.prepare()
         except StdioError as error:
-            raise unknown(
-                f"{before}failed to create {'exec' if process.spec.exec_id else 'init'} process I/O: {error}"
-            ) from error
+            raise unknown(f"{before}failed to create init process I/O: {error}") from error
         try:
             execution = self._runtime.create(
                 process.spec, process.stdio, lambda status: self._exited(process, status)
@@ -177,13 +173,18 @@ class Task:
                 process.pid = execution.pid
         return execution
 
-    def _open(self, process: Process, doing: str) -> None:
+    def _open(self, process: Process, doing: str = "") -> None:
         try:
             process.stdio.open(self._open_timeout)
         except StdioError as error:
             if not process.spec.exec_id:
                 self._release(process)
-            text = f"{doing}: containerd-shim: {error}"
+            how = (
+                "failed to start console copy"
+                if process.stdio.terminal
+                else "failed to start io pipe copy: unable to copy pipes: containerd-shim"
+            )
+            text = f"{doing}{how}: {error}"
             if error.late:
                 raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from error
             raise unknown(text) from error
@@ -234,7 +235,7 @@ class Task:
         init = self.init
         if self.restored:
             self._make(init, "", "OCI runtime restore failed")
-            self._open(init, "failed to start io pipe copy: unable to copy pipes")
+            self._open(init)
         with self.changed:
             execution = init.execution
         if execution is None:
@@ -248,7 +249,7 @@ class Task:
                 raise unknown("cannot start an exec whose start has failed")
         execution = self._make(process, "", "OCI runtime exec failed: exec failed")
         execution.start()
-        self._open(process, "failed to start io pipe copy: unable to copy pipes")
+        self._open(process)
         return execution.pid
 
     def add_exec(self, spec: ProcessSpec, request: ExecProcessRequest) -> None:
@@ -261,8 +262,7 @@ class Task:
             if spec.exec_id in self.execs:
                 raise already_exists(f"id {spec.exec_id}")
             self._check(self.init, "exec")
-            stdio = ShimStdio(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
-            self.execs[spec.exec_id] = Process(spec, stdio)
+            self.execs[spec.exec_id] = Process(spec, _stdio_of(spec, request))
         self._publish(
             "/tasks/exec-added",
             task_events.TaskExecAdded(container_id=self.init.id, exec_id=spec.exec_id),
@@ -497,7 +497,10 @@ class Task:
             process = self.process(exec_id)
             self._check(process, "resize")
         if process.execution is not None:
-            process.execution.resize(width, height)
+            try:
+                process.execution.resize(width, height)
+            except OSError as error:  # its terminal was hung up
+                raise unknown(str(error.strerror).lower()) from error
 
     def close_input(self, exec_id: str) -> None:
         """Give up the shim's own hold on a process's stdin.
@@ -534,3 +537,14 @@ class Task:
     def tell_oom(self) -> None:
         """The kernel's out-of-memory killer was at work."""
         self._publish("/tasks/oom", task_events.TaskOOM(container_id=self.init.id))
+
+
+def _stdio_of(spec: ProcessSpec, request: CreateTaskRequest | ExecProcessRequest) -> ShimStdio:
+    return ShimStdio(
+        request.stdin,
+        request.stdout,
+        request.stderr,
+        terminal=request.terminal,
+        name=spec.exec_id or spec.container_id,
+        namespace=spec.namespace,
+    )

@@ -3,6 +3,9 @@
 In the shim's order: with stdin, a writer of its own, which keeps the input from ending until CloseIO; then for stdout and
 stderr each a writer, which waits for the client's reader, and a reader of its own, so that no writer ever meets a broken
 pipe; and stdin's reader at last, some time after Create or Start has answered. With a terminal there is no stderr.
+
+Without a terminal stdout may be a URI, which then counts for both: ``file://``, a file that is made and added to, or ``binary://``,
+a program that gets the output. Anything else is taken as a path, and what is there but no FIFO is added to.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ import stat
 import threading
 import time
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from libcontainerd.cio.fifo import End
+from libcontainerd.testing.logger import Logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _FIRST_LOOK_SECONDS: Final = 0.0005
 _LAST_LOOK_SECONDS: Final = 0.01
@@ -38,12 +45,16 @@ class StdioError(Exception):
         self.late = late
 
 
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno or errno.EIO).lower()
+
+
 class StdioClosedError(Exception):
     """The shim has closed the stream."""
 
 
 class _FileSink:
-    """A file that output is added to."""
+    """A file that is there, and that output is added to."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
@@ -64,9 +75,9 @@ class _FileSink:
 
 
 class _FifoSink:
-    """A FIFO that the client reads, with the shim's two ends."""
+    """A FIFO that the client reads, with the shim's two ends; or a logger's pipe, of which the shim keeps no reader."""
 
-    def __init__(self, writer: End, keeper: End) -> None:
+    def __init__(self, writer: End, keeper: End | None) -> None:
         self._writer = writer
         self._keeper = keeper
         self._cancelled = False
@@ -81,14 +92,15 @@ class _FifoSink:
                         view = view[os.write(fd, view) :]
                     except BlockingIOError:
                         self._writer.poll(select.POLLOUT, None)
-            except ValueError as error:
+            except (ValueError, BrokenPipeError) as error:
                 raise StdioClosedError from error
         if view:
             raise StdioClosedError
 
     def close(self) -> None:
         self._writer.close()
-        self._keeper.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -119,17 +131,33 @@ class ShimStdio:
         stdout: Likewise, or a URI.
         stderr: Likewise.
         terminal: The process has a terminal: its output is one stream.
+        on_hang_up: Called when a terminal's input has ended for good, from a thread of the stdio's; None where whoever reads the
+            input sees to it.
     """
 
-    def __init__(self, stdin: str, stdout: str, stderr: str, *, terminal: bool) -> None:
+    def __init__(
+        self,
+        stdin: str,
+        stdout: str,
+        stderr: str,
+        *,
+        terminal: bool,
+        name: str = "",
+        namespace: str = "",
+    ) -> None:
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
         self.terminal = terminal
+        self.on_hang_up: Callable[[], None] | None = None
+        self._name = name
+        self._namespace = namespace
+        self._uri = urlsplit(stdout)
         self._sinks: dict[str, _Sink] = {}
         self._lock = (
             threading.Lock()
-        )  # guards the five below; innermost, nothing that waits is called under it
+        )  # guards the six below; innermost, nothing that waits is called under it
+        self._logger: Logger | None = None
         self._reader: End | None = None
         self._keeper: End | None = None
         self._input_begun = False
@@ -140,16 +168,52 @@ class ShimStdio:
         self._given_up = threading.Event()
         self._cancelled = threading.Event()
 
-    def check(self) -> None:
-        """Refuse what cannot become stdio.
+    def prepare(self) -> None:
+        """Before there is a process: make the file, or start the logger, that stdout's URI names.
 
         Raises:
-            StdioError: a URI of a kind that is not known.
+            StdioError: it cannot be done, or the URI is of a kind that is not known.
         """
-        for text in (self.stdout, self.stderr):
-            scheme, separator, _ = text.partition("://")
-            if separator and scheme not in ("fifo", "file"):
-                raise StdioError(f"unknown STDIO scheme {scheme}")
+        if self.terminal or not (self.stdin or self.stdout or self.stderr):
+            return
+        scheme = self._uri.scheme
+        if scheme == "file":
+            self._make_file(unquote(self._uri.path))
+        elif scheme == "binary":
+            try:
+                self._start_logger()
+            except StdioError as error:
+                raise StdioError(
+                    f"1 error occurred:\n\t* failed to start binary process: {error}\n\n"
+                ) from error
+        elif scheme not in ("", "fifo"):
+            raise StdioError(f"unknown STDIO scheme {scheme}")
+
+    def _make_file(self, path: str) -> None:
+        doing = f"mkdir {os.path.dirname(path)}"
+        try:
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            doing = f"open {path}"
+            with open(path, "ab"):
+                pass
+        except FileExistsError as error:
+            raise StdioError(f"{doing}: not a directory") from error
+        except OSError as error:
+            raise StdioError(f"{doing}: {_reason(error)}") from error
+
+    def _start_logger(self) -> Logger:
+        path = unquote(self._uri.path)
+        try:
+            logger = Logger(self.stdout, self._name, self._namespace)
+        except OSError as error:
+            raise StdioError(f"fork/exec {path}: {_reason(error)}") from error
+        with self._lock:
+            self._logger = logger
+            given_up = self._closed or self._given_up.is_set()
+        if given_up:
+            logger.interrupt()
+        logger.wait_ready()
+        return logger
 
     def open(self, timeout: float) -> None:
         """Open the output, waiting for the client's readers.
@@ -161,17 +225,41 @@ class ShimStdio:
             StdioError: a stream cannot be opened, or nobody reads it in time.
         """
         deadline = time.monotonic() + timeout
-        streams = [("stdout", self.stdout)]
-        if not self.terminal:
-            streams.append(("stderr", self.stderr))
-        nowhere = not any(text for _, text in streams)
-        for name, text in streams:
-            self._sinks[name] = _NullSink() if nowhere else self._open_sink(text, deadline)
+        if self.terminal:
+            self._sinks["stdout"] = self._open_terminal(deadline)
+        elif not (self.stdin or self.stdout or self.stderr):
+            self._sinks = {"stdout": _NullSink(), "stderr": _NullSink()}
+        elif self._logger is not None:
+            self._sinks = {
+                "stdout": _FifoSink(self._logger.out, None),
+                "stderr": _FifoSink(self._logger.err, None),
+            }
+        else:
+            file = unquote(self._uri.path) if self._uri.scheme == "file" else ""
+            for name, text in (("stdout", self.stdout), ("stderr", self.stderr)):
+                self._sinks[name] = self._open_sink(file or text, deadline)
         self._opened.set()
 
+    def _open_terminal(self, deadline: float) -> _Sink:
+        if not self.stdin and not self.stdout:
+            return _NullSink()
+        if self._uri.scheme == "binary":
+            try:
+                return _FifoSink(self._start_logger().out, None)
+            except StdioError as error:
+                raise StdioError(f"failed to start logging binary process: {error}") from error
+        try:
+            return self._open_fifo(self.stdout, deadline)
+        except OSError as error:
+            raise StdioError(f"stat {self.stdout}: {_reason(error)}") from error
+
     def give_up_opening(self) -> None:
-        """Wait no longer for the client's readers."""
+        """Wait no longer for the client's readers, nor for a logger."""
         self._given_up.set()
+        with self._lock:
+            logger = self._logger
+        if logger is not None:
+            logger.interrupt()
 
     def begin_input(self) -> None:
         """Open the input, soon and in the background: Create, or an exec's Start, has been answered. Idempotent."""
@@ -181,16 +269,13 @@ class ShimStdio:
         if begin:
             threading.Thread(target=self._open_input, name="fake-containerd-stdin", daemon=True).start()
 
-    def _open_sink(self, text: str, deadline: float) -> _Sink:
-        path = unquote(urlsplit(text).path) if "://" in text else text
-        is_file = text.startswith("file://")
+    def _open_sink(self, path: str, deadline: float) -> _Sink:
         try:
-            if is_file or not stat.S_ISFIFO(os.stat(path).st_mode):
-                return _FileSink(path)
-            return self._open_fifo(path, deadline)
+            if stat.S_ISFIFO(os.stat(path).st_mode):
+                return self._open_fifo(path, deadline)
+            return _FileSink(path)
         except OSError as error:
-            reason = os.strerror(error.errno or 0).lower()
-            raise StdioError(f'opening file "{path}" failed: open {path}: {reason}') from error
+            raise StdioError(f'opening file "{path}" failed: open {path}: {_reason(error)}') from error
 
     def _open_fifo(self, path: str, deadline: float) -> _FifoSink:
         pause = _FIRST_LOOK_SECONDS
@@ -219,6 +304,20 @@ class ShimStdio:
             if closed or input_closed:
                 keeper.close()
         self._input_ready.set()
+        if self.terminal and self.on_hang_up is not None and self._input_ends():
+            self.on_hang_up()
+
+    def _input_ends(self) -> bool:
+        """Wait until no writer of the input is left; False if it is closed before."""
+        with self._lock:
+            reader = self._reader
+        if reader is None:
+            return False
+        with suppress(ValueError), reader.use():
+            while not self._cancelled.is_set():
+                if reader.poll(0, None) & select.POLLHUP:
+                    return True
+        return False
 
     def write(self, stream: str, data: bytes) -> None:
         """Write to ``stdout`` or ``stderr``, waiting as long as the client does not read.
@@ -279,7 +378,7 @@ class ShimStdio:
 
     def cancel(self) -> None:
         """Wake whoever is blocked in a stream, now and from now on."""
-        self._given_up.set()
+        self.give_up_opening()
         self._cancelled.set()
         self._input_ready.set()
         self._opened.set()
@@ -296,8 +395,11 @@ class ShimStdio:
         with self._lock:
             self._closed = True
             ends = [self._reader, self._keeper]
+            logger = self._logger
         for sink in self._sinks.values():
             sink.close()
         for end in ends:
             if end is not None:
                 end.close()
+        if logger is not None:
+            logger.close()

@@ -44,6 +44,14 @@ oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydan
 	@tools/setup.sh oldest
 	@if [ -x .venv-oldest/bin/python ]; then .venv-oldest/bin/python -m pytest $(PARALLEL) tests/unit; fi
 
+.PHONY: bench
+bench: setup ## compare with containerd's Go client, raw stubs and ctr, in about 12 minutes; ROUNDS=n, DOCS=1 renews docs/
+	@$(PYTHON) -m benchmarks
+
+.PHONY: bench-quick
+bench-quick: venv ## count calls, threads, descriptors and copies, and fail where they are not what they should be
+	@$(PYTHON) -m benchmarks.counts
+
 .PHONY: check
 check: format-check lint types protos-check layers changelog docs demo test coverage ## all that CI checks, except stress and oldest
 

@@ -37,6 +37,18 @@ class _UnderWay(Protocol):
     def cancel(self) -> bool: ...
 
 
+class _Channel:
+    """The channel with its stubs. Making them takes a millisecond, so they are made once."""
+
+    def __init__(self, address: Address, credentials: grpc.ChannelCredentials | None) -> None:
+        self._channel = open_channel(address, credentials)
+        self.containers = ContainersStub(self._channel)
+        self.tasks = TasksStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
 class Shelter:
     """The channel for such calls: opened for the first, and closed after `close` when the last one is over.
 
@@ -50,7 +62,7 @@ class Shelter:
         self._credentials = credentials
         self.metadata = metadata
         self._lock = threading.Lock()  # guards the four below; innermost, nothing is called while it is held
-        self._channel: grpc.Channel | None = None
+        self._channel: _Channel | None = None
         self._guests = 0
         self._waiting: set[threading.Event] = set()
         self._closed = False
@@ -77,7 +89,7 @@ class Shelter:
                     self._guests += 1
             if closed or channel is not None:
                 break
-            fresh = open_channel(self._address, self._credentials)
+            fresh = _Channel(self._address, self._credentials)
         if fresh is not None:
             fresh.close()
         if channel is None:
@@ -127,10 +139,10 @@ class Lease:
         namespace: Where the calls go.
     """
 
-    def __init__(self, shelter: Shelter, channel: grpc.Channel) -> None:
+    def __init__(self, shelter: Shelter, channel: _Channel) -> None:
         self._shelter = shelter
-        self.containers = ContainersStub(channel)
-        self.tasks = TasksStub(channel)
+        self.containers = channel.containers
+        self.tasks = channel.tasks
         self.namespace = shelter.metadata[0][1]
         self._under_way: _UnderWay | None = None
         self._cleaning_up = False

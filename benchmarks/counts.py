@@ -48,10 +48,10 @@ CALLS: Counts = {
 }
 THREADS_AND_DESCRIPTORS: Counts = {
     "threads of an idle client": 1,
-    "threads for 50 idle containers": 0,
-    "descriptors for 50 idle containers": 0,
-    "threads for 50 attached containers": 1,
-    "descriptors for each of 50 attached containers": 2,
+    "threads for 10 idle containers": 0,
+    "descriptors for 10 idle containers": 0,
+    "threads for 10 attached containers": 1,
+    "descriptors for each of 10 attached containers": 2,
     "descriptors for the pump": 2,
     "threads left of all that": 0,
     "descriptors left of all that": 0,
@@ -65,7 +65,7 @@ COPIES: Counts = {
 
 _PATIENCE = 30.0
 _QUIET = 0.5
-_CROWD = 50
+_CROWD = 10
 _COPIED = 32 << 20
 
 
@@ -134,15 +134,15 @@ def threads_and_descriptors() -> Counts:
                 client.create(f"i{number}", spec)
                 client.start(f"i{number}")
             _settle(1)
-            counted["threads for 50 idle containers"] = _threads() - 1
-            counted["descriptors for 50 idle containers"] = _descriptors() - fds
+            counted["threads for 10 idle containers"] = _threads() - 1
+            counted["descriptors for 10 idle containers"] = _descriptors() - fds
             for number in range(_CROWD):
                 client.create(f"a{number}", spec)
                 client.start(f"a{number}", attach_stdio=cio.copy(stdout=lambda _: None))
             _settle(2)
-            counted["threads for 50 attached containers"] = _threads() - 1
+            counted["threads for 10 attached containers"] = _threads() - 1
             each, pump = divmod(_descriptors() - fds, _CROWD)
-            counted["descriptors for each of 50 attached containers"] = each
+            counted["descriptors for each of 10 attached containers"] = each
             counted["descriptors for the pump"] = pump
             for number in range(_CROWD):
                 _end(client, f"i{number}")

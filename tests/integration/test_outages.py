@@ -104,6 +104,12 @@ class Site:
             timeout=_SECONDS,
         )
 
+    def shim_of(self, container_id: str, address: str) -> int:
+        """The pid of a container's shim."""
+        wanted = {"-namespace", self.raw.metadata[0][1], "-id", container_id}
+        (pid,) = [pid for pid, line in shims_of(address).items() if wanted <= set(line.split())]
+        return pid
+
     def settle(self, spec: MakeSpec) -> None:
         """Wait until the stream is read again, and what was told before has been delivered."""
         wait_until(lambda: self.client._subscriber.live, "the subscription is live", _SECONDS)
@@ -215,11 +221,10 @@ def test_a_frozen_container_is_still_frozen_after_a_restart(
 
 
 def test_a_shim_that_dies_with_containerd_leaves_unknown_exits(
-    containerd: MortalContainerd, site: Site, spec: MakeSpec, namespace: str
+    containerd: MortalContainerd, site: Site, spec: MakeSpec
 ) -> None:
     site.run("c", spec, 7, e=20)
-    wanted = {"-namespace", namespace, "-id", "c"}
-    (shim,) = [pid for pid, line in shims_of(containerd.address).items() if wanted <= set(line.split())]
+    shim = site.shim_of("c", containerd.address)
     containerd.stop(signal.SIGKILL)
     os.kill(shim, signal.SIGKILL)
     wait_until(lambda: not alive(shim), "the shim is dead", _SECONDS)
@@ -278,6 +283,35 @@ def test_a_freeze_a_thaw_and_an_end_in_a_cut_connection_are_told(
         site.settle(spec)
         assert site.exits("c") == [("c", 7), ("ends", 20)]
         assert (site.told("c", EventType.PAUSED), site.told("c", EventType.RESUMED)) == (1, 1)
+
+
+def test_a_shim_that_hangs_keeps_nobody_from_being_told(
+    containerd: MortalContainerd, namespace: str, spec: MakeSpec, tmp_path: Path
+) -> None:
+    with (
+        Proxy(containerd.address) as proxy,
+        containerd.channel() as channel,
+        open_site(proxy.path, channel, namespace, tmp_path / "bundles") as site,
+    ):
+        for name in ("hangs", "ends", "goes-on"):
+            site.run(name, spec, 7, e=20)
+        shim = site.shim_of("hangs", containerd.address)
+        os.kill(shim, signal.SIGSTOP)
+        try:
+            proxy.cut(stay_broken=True)
+            wait_until(lambda: not site.client._subscriber.live, "the gap is seen", _SECONDS)
+            site.end("ends")
+            site.end("goes-on", "e")
+            proxy.mend()
+            assert exit_of(site.backend, "ends") == 7
+            assert exit_of(site.backend, "goes-on", "e") == 20
+            assert site.exits("hangs") == []
+        finally:
+            os.kill(shim, signal.SIGCONT)
+        site.end("hangs", "e")
+        site.end("hangs")
+        assert exit_of(site.backend, "hangs", "e") == 20
+        assert exit_of(site.backend, "hangs") == 7
 
 
 # ---------------------------------------------------------------------------------------------------------- no gap at all

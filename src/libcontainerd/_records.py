@@ -548,6 +548,8 @@ class Container:
             return None
         if process is not None or (name, 0) in self._runs:
             return None  # of an earlier run, which failed to start or was concluded without its event
+        if not self.ready:
+            return None  # being restored: what is ours is found ended by the answers that come
         # A process that somebody else started in our container: told once, like our own.
         _remember(self._runs, (name, info.pid), None, _EXITS_PER_CONTAINER)
         return replace(info, oom_killed=self._oom_killed())

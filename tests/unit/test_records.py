@@ -439,6 +439,19 @@ def test_pausing_is_followed() -> None:
         assert container.is_paused() is paused
 
 
+def test_an_exit_that_comes_before_a_restore_has_found_its_exec_is_left_to_that() -> None:
+    container = Container("web")
+    assert container.apply(EventType.EXIT, exit_of("e", 200, 5)) is None
+    task, process = container.reserve_found("init"), container.reserve_found("e")
+    assert container.apply(EventType.EXIT, exit_of("e", 200, 5)) is None
+    container.adopt(task, State.RUNNING, 100)
+    container.adopt(process, State.RUNNING, 200)
+    container.publish(Bundle("/run/web", (0, 0)), FACTS)
+    container.note_exit(process, FIFTH, 200)
+    assert container.claim_report(process) == exit_of("e", 200, 5)
+    assert container.apply(EventType.EXIT, exit_of("e", 200, 5)) is None
+
+
 def test_a_freeze_that_was_found_out_is_told_once() -> None:
     container = made()
     task = running_task(container)

@@ -5,6 +5,7 @@ Every clean-up has a deadline of its own, and is done also when the client was c
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from contextlib import suppress
@@ -17,24 +18,75 @@ from libcontainerd._wire.connection import Deadline
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
 from libcontainerd.errors import (
+    ConflictError,
     DeadlineExceededError,
     FailedPreconditionError,
     LibcontainerdError,
     NotFoundError,
+    SystemFailureError,
     UnavailableError,
 )
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from libcontainerd._records import Container, Process
     from libcontainerd._wire.shelter import Lease
 
+_REMAINS_SECONDS: Final = 10.0
+_REMAINS: Final = re.compile(r"failed to start shim.*file exists")
 _DEATH_SECONDS: Final = 2.0
 _FIRST_PAUSE_SECONDS: Final = 0.01
 _MOST_PAUSE_SECONDS: Final = 2.0
 
 _log = structlog.get_logger("libcontainerd")
+
+
+def make_task(
+    calls: Lease,
+    request: tasks_pb2.CreateTaskRequest,
+    *,
+    cut: threading.Event,
+    doing: str,
+    deadline: Deadline,
+) -> tasks_pb2.CreateTaskResponse:
+    """Have containerd make a task; again, for ten seconds, where the remains of an earlier one are still in its way.
+
+    Those are the directory of a shim that containerd has not yet put away, and a task whose shim was killed: for up to two
+    seconds there is none of that name to be seen, and none to be made (seen on 1.6).
+
+    Raises:
+        LibcontainerdError: it could not be made; at once when the client is closed.
+    """
+    patience = deadline.at_most(_REMAINS_SECONDS)
+    for pause in _pauses():
+        try:
+            return calls.call(calls.tasks.Create, request, doing=doing, deadline=deadline)
+        except (SystemFailureError, ConflictError) as error:
+            late = patience.remaining() < pause
+            if late or not _in_the_way(calls, request, error, doing, deadline) or cut.wait(pause):
+                raise
+    raise AssertionError  # the pauses do not end
+
+
+def _in_the_way(
+    calls: Lease,
+    request: tasks_pb2.CreateTaskRequest,
+    error: SystemFailureError | ConflictError,
+    doing: str,
+    deadline: Deadline,
+) -> bool:
+    if isinstance(error, SystemFailureError):
+        return _REMAINS.search(str(error)) is not None
+    look = tasks_pb2.GetRequest(container_id=request.container_id)
+    try:
+        calls.call(calls.tasks.Get, look, doing=doing, deadline=deadline)
+    except NotFoundError:
+        return True
+    except LibcontainerdError:
+        return False
+    return False
 
 
 def remove_container(calls: Lease, sent: containers_pb2.Container) -> None:

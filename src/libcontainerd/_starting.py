@@ -52,8 +52,8 @@ class Starter:
             attached = self._attach(
                 container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
-            created = calls.call(
-                calls.tasks.Create,
+            created = cleanup.make_task(
+                calls,
                 tasks_pb2.CreateTaskRequest(
                     container_id=container_id,
                     terminal=terminal,
@@ -62,6 +62,7 @@ class Starter:
                     stderr=attached.stderr,
                     options=task_options(container.facts.options, container.facts.owner),
                 ),
+                cut=self._cut,
                 doing=doing,
                 deadline=deadline,
             )

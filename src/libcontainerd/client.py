@@ -13,49 +13,42 @@ import signal as signals
 import threading
 import time
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
 from libcontainerd import _cleanup as cleanup
-from libcontainerd._bundle import BUNDLE_LABEL, Bundle
+from libcontainerd._creating import Creator
 from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.patrol import Patrol
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
-from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
+from libcontainerd._records import Container, ContainerMap, Process
 from libcontainerd._restore import Restorer
 from libcontainerd._runtime import (
-    check_labels,
-    mapped_root,
-    options_for,
     read_runtime_options,
-    with_own_cgroup,
 )
 from libcontainerd._starting import Starter
 from libcontainerd._stdin import StdinCloser
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import Address, Connection, Deadline
 from libcontainerd._wire.identifiers import check_identifier
-from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
+from libcontainerd._wire.pb.services import tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd._wire.shelter import Shelter
 from libcontainerd.cio import null_io
 from libcontainerd.errors import (
     CallCancelledError,
-    ConflictError,
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidParameterError,
     LibcontainerdError,
     NotFoundError,
     SystemFailureError,
-    UnavailableError,
 )
 from libcontainerd.stats import Stats, read_stats
 from libcontainerd.types import (
@@ -86,8 +79,6 @@ _DELETE_RESERVE_SECONDS: Final = 15.0
 _JOIN_SECONDS: Final = 1.0
 _WIND_UP_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
-
-_OUTCOME_UNKNOWN: Final = (UnavailableError, DeadlineExceededError, CallCancelledError)
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -158,8 +149,6 @@ class Client:
         parsed.check(patience)
 
         self._namespace = namespace
-        self._runtime = runtime
-        self._runtime_options = read_runtime_options(runtime_options)
         self._default_timeout = default_timeout
         self._log = _log.bind(namespace=namespace)
         self._containers = ContainerMap()
@@ -172,6 +161,15 @@ class Client:
         self._connection = Connection(parsed, namespace=namespace, credentials=credentials)
         self._stdin = StdinCloser(self._connection, self._background, self._closing)
         self._shelter = Shelter(parsed, self._connection.metadata, credentials)
+        self._creator = Creator(
+            self._connection,
+            self._shelter,
+            self._containers,
+            state_dir=self._state_dir,
+            runtime=runtime,
+            runtime_options=read_runtime_options(runtime_options),
+            end_task=self._end_task,
+        )
         self._starter = Starter(self._shelter, self._containers, self._stdin, self._cut)
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
@@ -261,46 +259,14 @@ class Client:
             InvalidParameterError: an argument cannot be used. Nothing was touched.
             ConflictError: the id is taken, here or in containerd. Of two creations at once one wins, unharmed.
         """
-        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who make containers
-
-        doing = f"create container {container_id!r}"
-        check_identifier("container id", container_id)
-        deadline = self._deadline(timeout)
-        options = options_for(runtime or self._runtime, runtime_options, self._runtime_options)
-        model = with_own_cgroup(oci.parse_spec(spec), self._namespace, container_id, options)
-        document = oci.dump(model)
-        facts = SpecFacts(
-            terminal=bool(model.process is not None and model.process.terminal),
-            owner=mapped_root(model),
-            options=options,
+        self._creator.create(
+            container_id,
+            spec,
+            runtime_options,
+            runtime=runtime,
+            labels=labels,
+            deadline=self._deadline(timeout),
         )
-        check_labels(labels or {})
-        container = self._containers.reserve(container_id)
-        with ExitStack() as undo:
-            undo.callback(self._containers.release, container)
-            bundle = Bundle.prepare(self._state_dir, container_id, facts.owner)
-            undo.callback(bundle.undo)
-            request = containers_pb2.CreateContainerRequest(
-                container=containers_pb2.Container(
-                    id=container_id,
-                    labels={**(labels or {}), BUNDLE_LABEL: bundle.path},
-                    runtime=containers_pb2.Container.Runtime(
-                        name=runtime or self._runtime,
-                        options=None if options is None else typeurl.pack(options),
-                    ),
-                    spec=typeurl.pack_json(typeurl.SPEC_URL, document),
-                )
-            )
-            with self._shelter.enter(doing) as calls:
-                try:
-                    calls.call(calls.containers.Create, request, doing=doing, deadline=deadline)
-                except BaseException as error:
-                    if not isinstance(error, LibcontainerdError) or isinstance(error, _OUTCOME_UNKNOWN):
-                        cleanup.remove_container(calls, request.container)
-                    raise
-            undo.pop_all()
-        container.publish(bundle, facts)
-        self._containers.publish(container)
 
     def delete(self, container_id: str, *, timeout: float | None = None) -> None:
         """Remove a container from containerd, then its bundle, and free its id.
@@ -313,34 +279,7 @@ class Client:
                 leave a process that nobody can reach.)
             ConflictError: another call is deleting it.
         """
-        deadline = self._deadline(timeout)
-        doing = f"delete container {container_id!r}"
-        container = self._containers.get(container_id, doing)
-        container.reserve_deletion()
-        try:
-            self._refuse_while_task_exists(container, doing, deadline)
-            with suppress(NotFoundError):  # somebody else has removed it: what is left to do is ours
-                self._connection.call(
-                    self._connection.containers.Delete,
-                    containers_pb2.DeleteContainerRequest(id=container_id),
-                    doing=doing,
-                    deadline=deadline,
-                )
-        except BaseException:
-            container.release_deletion()
-            raise
-        try:
-            if container.bundle is not None:
-                container.bundle.remove()
-        finally:
-            self._containers.remove(container)
-
-    def _refuse_while_task_exists(self, container: Container, doing: str, deadline: Deadline) -> None:
-        """Our record has no task; but somebody else may have started one."""
-        request = tasks_pb2.GetRequest(container_id=container.id)
-        with suppress(NotFoundError):
-            self._connection.call(self._connection.tasks.Get, request, doing=doing, deadline=deadline)
-            raise FailedPreconditionError(f"cannot {doing}: a task exists that was not started here")
+        self._creator.delete(container_id, self._deadline(timeout))
 
     def replace(
         self,
@@ -370,45 +309,27 @@ class Client:
             ConflictError: another call is making or deleting a container of that id.
         """
         deadline = self._deadline(timeout)
-        create = partial(self.create, container_id, spec, runtime_options, runtime=runtime, labels=labels)
-        doing = f"replace container {container_id!r}"
-        with suppress(ConflictError):
-            create(timeout=_left(deadline, doing))
-            return
-        self._clear(container_id, deadline)
-        create(timeout=_left(deadline, doing))
+        self._creator.replace(
+            container_id,
+            spec,
+            runtime_options,
+            runtime=runtime,
+            labels=labels,
+            deadline=deadline,
+        )
 
-    def _clear(self, container_id: str, deadline: Deadline) -> None:
-        """Remove a container of that id, ours or one that only containerd knows, with its task."""
-        doing = f"clear away the old container {container_id!r}"
-        known = self._containers.find(container_id)
-        if known is not None and known.ready:
-            with suppress(NotFoundError):
-                self._clear_known(known, deadline, doing)
-            return
-        # Reserved, so that what another call is making under this id just now is not taken for the old one.
-        unknown = self._containers.reserve(container_id)
-        try:
-            with self._shelter.enter(doing) as calls, suppress(NotFoundError):
-                cleanup.end_process(
-                    calls, unknown, Process(INIT_PROCESS_NAME), doing=doing, deadline=deadline
-                )
-                deletion = containers_pb2.DeleteContainerRequest(id=container_id)
-                calls.call(calls.containers.Delete, deletion, doing=doing, deadline=deadline)
-        finally:
-            self._containers.release(unknown)
-
-    def _clear_known(self, container: Container, deadline: Deadline, doing: str) -> None:
-        name = container.id
+    def _end_task(self, container_id: str, deadline: Deadline, doing: str) -> None:
+        """Kill and delete a task of ours; that it is gone already is no error."""
         with suppress(NotFoundError):
-            container.require_task(doing)
+            self._containers.get(container_id, doing).require_task(doing)
             with suppress(NotFoundError):
-                self.signal_process(name, INIT_PROCESS_NAME, signals.SIGKILL, timeout=_left(deadline, doing))
-            self.wait(name, timeout=_left(deadline, doing))
-            ended = self.delete_task(name, timeout=_left(deadline, doing))
+                self.signal_process(
+                    container_id, INIT_PROCESS_NAME, signals.SIGKILL, timeout=_left(deadline, doing)
+                )
+            self.wait(container_id, timeout=_left(deadline, doing))
+            ended = self.delete_task(container_id, timeout=_left(deadline, doing))
             if isinstance(ended.error, LibcontainerdError) and not isinstance(ended.error, NotFoundError):
                 raise ended.error
-        self.delete(name, timeout=_left(deadline, doing))
 
     # --------------------------------------------------------------------------------------- after a program's restart
 

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 LAYERS = (
     ("remote",),
     ("client",),
-    ("_checkpoint", "_events", "_restore", "_starting", "_stdin", "stats", "supervisor"),
+    ("_checkpoint", "_creating", "_events", "_restore", "_starting", "_stdin", "stats", "supervisor"),
     ("_cleanup",),
     ("cio", "_bundle", "_records", "_runtime", "backends"),
     ("_wire",),

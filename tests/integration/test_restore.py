@@ -151,7 +151,9 @@ def test_a_killed_programs_containers_go_on_and_nothing_is_missing(
         expected = b"".join(b"line %d\n" % number for number in range(LINES))
         for exec_id in ("init", "e"):
             of = stdio["writes", exec_id]
-            wait_until(lambda of=of: of.err == b"end\n", "all is written", timeout=30)  # type: ignore[misc] # mypy cannot infer it
+            of.wait_for(b"line %d\n" % (LINES - 1), timeout=30)
+            wait_until(lambda of=of: of.err, "the other stream has come too", timeout=30)  # type: ignore[misc] # mypy cannot infer it
+            assert of.err == b"end\n"
             assert of.out == expected
         stop(client, "writes")
         stop(client, "reads")

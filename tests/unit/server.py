@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
-from typing import NoReturn, Self, TypeAlias
+from typing import NoReturn, Self, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -34,7 +34,7 @@ EXIT_SECONDS = 1_700_000_000
 _THREADS = 48
 
 Context: TypeAlias = grpc.ServicerContext
-Step: TypeAlias = Callable[[Context, Callable[[], Message]], Message]
+Step: TypeAlias = Callable[[Context, Callable[[], Message]], Message | bytes]
 
 
 # ----------------------------------------------------------------------------------------------------------------- steps
@@ -64,6 +64,11 @@ def lose(code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> Step:
         raise AssertionError
 
     return step
+
+
+def say(data: bytes) -> Step:
+    """Do nothing, and answer with these bytes, whatever they are."""
+    return lambda context, go_on: data
 
 
 class Held:
@@ -120,7 +125,9 @@ class _Stream:
 
     def __init__(self, filters: list[str]) -> None:
         self.filters = filters
-        self.queue: SimpleQueue[event_pb2.Envelope | tuple[grpc.StatusCode, str] | None] = SimpleQueue()
+        self.queue: SimpleQueue[event_pb2.Envelope | bytes | tuple[grpc.StatusCode, str] | None] = (
+            SimpleQueue()
+        )
 
 
 @dataclass
@@ -194,6 +201,11 @@ class Scripted:
         with self.lock:
             self._scripts[method].extend(steps)
 
+    def forget_scripts(self) -> None:
+        """Answer every call as usual from now on."""
+        with self.lock:
+            self._scripts.clear()
+
     def next_step(self, method: str) -> Step:
         """Take the step of a call that comes in."""
         with self.lock:
@@ -261,8 +273,8 @@ class Scripted:
         )
         self.send(envelope)
 
-    def send(self, envelope: event_pb2.Envelope) -> None:
-        """Send an envelope to every stream."""
+    def send(self, envelope: event_pb2.Envelope | bytes) -> None:
+        """Send an envelope, or what may be none, to every stream."""
         with self.lock:
             streams = list(self.streams)
         for stream in streams:
@@ -308,17 +320,24 @@ class _Script(grpc.ServerInterceptor):  # type: ignore[type-arg] # it takes none
                 return stream(request, context)
 
             return grpc.unary_stream_rpc_method_handler(
-                watch, handler.request_deserializer, handler.response_serializer
+                watch, handler.request_deserializer, _raw_or(handler.response_serializer)
             )
         unary = handler.unary_unary
         assert unary is not None
 
         def call(request: Message, context: Context) -> Message:
-            return note(request, context)(context, lambda: unary(request, context))
+            # Bytes are for the serializer below, which knows of them.
+            return cast("Message", note(request, context)(context, lambda: unary(request, context)))
 
         return grpc.unary_unary_rpc_method_handler(
-            call, handler.request_deserializer, handler.response_serializer
+            call, handler.request_deserializer, _raw_or(handler.response_serializer)
         )
+
+
+def _raw_or(serializer: Callable[[Message], bytes] | None) -> Callable[[Message | bytes], bytes]:
+    """Let bytes pass that a test has chosen."""
+    assert serializer is not None
+    return lambda message: message if isinstance(message, bytes) else serializer(message)
 
 
 # -------------------------------------------------------------------------------------------------------------- services
@@ -519,8 +538,8 @@ class _Events(events_pb2.EventsServicer):
             self._server.streams.append(stream)
         context.add_callback(lambda: stream.queue.put(None))
         while (item := stream.queue.get()) is not None:
-            if isinstance(item, event_pb2.Envelope):
-                yield item
+            if isinstance(item, event_pb2.Envelope | bytes):
+                yield cast("event_pb2.Envelope", item)
             else:
                 code, text = item
                 context.abort(code, text)

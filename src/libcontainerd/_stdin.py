@@ -97,7 +97,12 @@ class StdinCloser:
             return False
 
     def _close_io(self, container: Container, process: Process, deadline: Deadline) -> None:
-        """Have the shim let go of the process's stdin; a process that has ended needs it no more."""
+        """Have the shim let go of the process's stdin; a process that has ended needs it no more.
+
+        Its name may be another's by then, whose stdin is not to be closed.
+        """
+        if process.exit is not None:
+            return
         request = CloseIORequest(container_id=container.id, exec_id=process.exec_id, stdin=True)
         doing = _doing(container, process)
         try:

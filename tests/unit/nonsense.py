@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Final
+from typing import Final, Protocol
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -44,7 +44,16 @@ errors = st.builds(
 )
 
 
-def _scalar(field: FieldDescriptor) -> st.SearchStrategy[object]:
+class _Field(Protocol):
+    """As much of a field's descriptor as is looked at; protobuf has several classes of them."""
+
+    @property
+    def type(self) -> int: ...
+    @property
+    def cpp_type(self) -> int: ...
+
+
+def _scalar(field: _Field) -> st.SearchStrategy[object]:
     kinds: dict[int, st.SearchStrategy[object]] = {
         FieldDescriptor.CPPTYPE_STRING: st.binary(max_size=40)
         if field.type == FieldDescriptor.TYPE_BYTES
@@ -70,7 +79,7 @@ def _fill(draw: st.DrawFn, message: Message, depth: int = 0) -> None:
             if depth < _MOST_DEPTH:
                 _fill(draw, value, depth + 1)
         elif isinstance(value, MutableMapping):
-            if field.message_type.fields_by_name["value"].message_type is None:
+            if not hasattr(value, "get_or_create"):  # one of messages, which no answer to us has
                 value[draw(names)] = draw(names)
         elif hasattr(value, "extend"):
             for _ in range(draw(st.integers(0, 4))):

@@ -154,3 +154,13 @@ def test_the_input_of_what_has_ended_needs_no_end(desk: Desk) -> None:
     desk.server.script(CLOSE_IO, fail(INTERNAL))
     desk.closer.close(desk.container, desk.process, Deadline(DEADLINE))
     assert desk.stream.told
+
+
+def test_an_input_that_ends_late_closes_nobody_elses(desk: Desk) -> None:
+    """The process has ended meanwhile, and another may have its name."""
+    desk.container.advance(desk.process, Step.CREATE)
+    desk.container.note_exit(desk.process, ExitStatus(0, datetime.now(UTC)))
+    desk.stream.close()
+    assert desk.stream.ended.wait(DEADLINE)
+    assert desk.stream.told
+    assert desk.server.called(CLOSE_IO) == []

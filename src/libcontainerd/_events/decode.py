@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 from google.protobuf.message import DecodeError
 
+from libcontainerd._wire.identifiers import MAX_LENGTH
 from libcontainerd._wire.pb.events import task_pb2
 from libcontainerd.types import EventInfo, EventType
 
@@ -52,7 +53,7 @@ def decode(envelope: Envelope) -> Event | None:
         envelope: As received; not changed.
 
     Raises:
-        MalformedEvent: there is no payload, or it does not decode.
+        MalformedEvent: there is no payload, it does not decode, or it names what cannot be a name.
     """
     if not envelope.HasField("event"):
         raise MalformedEvent(f"event on topic {envelope.topic[:_LOGGED_NAME]!r} has no payload")
@@ -67,11 +68,16 @@ def decode(envelope: Envelope) -> Event | None:
         _log.debug("event_ignored", topic=envelope.topic[:_LOGGED_NAME], type_url=url[:_LOGGED_NAME])
         return None
     try:
-        return read(payload.value)
+        event = read(payload.value)
     except (DecodeError, ValueError, RecursionError) as error:
         # The last two come from protobuf in pure Python: bad UTF-8, and groups nested without end.
         size = len(payload.value)
         raise MalformedEvent(f"{size} bytes do not decode as {url[:_LOGGED_NAME]}") from error
+    # Names are remembered, thousands of them, and one of them could be as long as a message.
+    longest = max(len(event.info.container_id), len(event.info.process_id))
+    if longest > MAX_LENGTH:
+        raise MalformedEvent(f"{url[:_LOGGED_NAME]} names something with {longest} characters")
+    return event
 
 
 def utc(stamp: Timestamp) -> datetime | None:

@@ -67,7 +67,8 @@ class Delivery:
         self._closing = threading.Event()
         self._lock = (
             threading.Lock()
-        )  # guards the two below; innermost, nothing waits or is called back under it
+        )  # guards the three below; innermost, nothing waits or is called back under it
+        self._malformed = 0
         self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
         self._unfinished: list[Attached] = []
         self._log = _log.bind(namespace=connection.namespace)
@@ -94,8 +95,7 @@ class Delivery:
         try:
             event = decode(envelope)
         except MalformedEvent as error:
-            # A log may block, and this thread must not.
-            self._queue.append("", partial(self._log.warning, "event_malformed", error=str(error)))
+            self._note_malformed(str(error))
             return
         if event is None:
             return
@@ -110,6 +110,19 @@ class Delivery:
             self._queue_exit(container, process, info)
         else:
             self.tell(event.type, info)
+
+    def _note_malformed(self, error: str) -> None:
+        """Have it logged; a log may block, and this thread must not. Those that come meanwhile are counted, not kept."""
+        with self._lock:
+            self._malformed += 1
+            first = self._malformed == 1
+        if first:
+            self._queue.append("", partial(self._log_malformed, error))
+
+    def _log_malformed(self, error: str) -> None:
+        with self._lock:
+            events, self._malformed = self._malformed, 0
+        self._log.warning("event_malformed", error=error, events=events)
 
     def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
         self._queue.append(container.id, partial(self._deliver_exit, container, process, info))
@@ -235,7 +248,8 @@ class Delivery:
     def _delete_exec(self, container: Container, process: Process) -> None:
         doing = f"delete exec {process.id!r} of container {container.id!r}"
         deadline = Deadline(CLEAN_UP_SECONDS)
-        while True:
+        # With its container an exec is gone, and both names may be another's by now.
+        while self._containers.find(container.id) is container:
             try:
                 with self._shelter.enter(doing) as calls:
                     delete_process(calls, container, process, doing=doing, deadline=deadline)

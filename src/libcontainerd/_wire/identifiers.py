@@ -7,7 +7,9 @@ from typing import Final
 
 from libcontainerd.errors import InvalidParameterError
 
-_MAX_LENGTH: Final = 76
+MAX_LENGTH: Final = 76
+"""Characters of the longest identifier that containerd takes."""
+
 _IDENTIFIER: Final = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 
 
@@ -23,9 +25,9 @@ def check_identifier(kind: str, value: str) -> None:
     """
     if not isinstance(value, str):
         raise InvalidParameterError(f"a {kind} is a string, not {type(value).__name__}")
-    if not value or len(value) > _MAX_LENGTH:
+    if not value or len(value) > MAX_LENGTH:
         raise InvalidParameterError(
-            f"{kind} {value[:80]!r} has {len(value)} characters: it needs 1 to {_MAX_LENGTH}"
+            f"{kind} {value[:80]!r} has {len(value)} characters: it needs 1 to {MAX_LENGTH}"
         )
     if not _IDENTIFIER.fullmatch(value):
         raise InvalidParameterError(

@@ -147,6 +147,26 @@ def test_what_does_not_decode_is_malformed(kind: str, value: bytes) -> None:
         decode(Envelope(event=Any(type_url=f"containerd.events.{kind}", value=value)))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        task_pb2.TaskExit(container_id=C, id="e" * 77, pid=7),
+        task_pb2.TaskExecAdded(container_id=C, exec_id="e" * 1_000_000),
+        task_pb2.TaskStart(container_id="c" * 77, pid=7),
+    ],
+)
+def test_a_name_longer_than_containerd_takes_is_malformed(message: Message) -> None:
+    """Whoever may publish could fill the memory of names with names as long as messages."""
+    with pytest.raises(MalformedEvent, match=r"names something with [0-9]+ characters") as raised:
+        decode(envelope(message))
+    assert len(str(raised.value)) < 200
+
+
+def test_a_name_as_long_as_containerd_takes_is_good() -> None:
+    event = decode(envelope(task_pb2.TaskExit(container_id=C, id="e" * 76, pid=7)))
+    assert event == Event(EventType.EXIT, EventInfo(C, "e" * 76, 7))
+
+
 # --------------------------------------------------------------------------------------------------------------- time
 
 

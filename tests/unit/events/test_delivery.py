@@ -147,6 +147,34 @@ def test_nothing_is_logged_on_the_thread_that_reads(server: Scripted, tmp_path: 
         structlog.configure(**before)
 
 
+def test_a_flood_of_malformed_events_is_counted_and_not_kept(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Log:
+        def warning(self, event: str, *, error: str, events: int) -> None:
+            begun.set()
+            go_on.wait(DEADLINE)
+            logged.append(events)
+
+    monkeypatch.setattr(office.delivery, "_log", Log())
+    backlogs: list[int] = []
+    monkeypatch.setattr(office.delivery._queue, "_on_backlog", lambda _key, length: backlogs.append(length))
+    garbage = Any(type_url="containerd.events.TaskExit", value=b"\xff\xff")
+    try:
+        office.tell("/tasks/exit", garbage)
+        assert begun.wait(DEADLINE)
+        for _ in range(20_000):
+            office.tell("/tasks/exit", garbage)
+    finally:
+        go_on.set()
+    eventually(lambda: sum(logged) == 20_001, "all are counted")
+    assert logged == [1, 20_000]
+    assert backlogs == []
+
+
 def test_a_backlog_is_not_logged_on_the_thread_that_appends(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +228,31 @@ def test_an_exec_is_not_deleted_before_its_start_was_answered(office: Office, se
     container.made(process)
     eventually(partial(container.is_gone, process), "its deletion")
     assert len(server.called("Tasks.DeleteProcess")) == 1
+
+
+def test_an_exec_of_a_deleted_container_does_not_take_the_next_ones_with_it(
+    office: Office, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container, init = office.run("web")
+    process = office.exec(container, "e")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_reader(*_: object, **__: object) -> bool:
+        begun.set()
+        return go_on.wait(DEADLINE)
+
+    monkeypatch.setattr(office.delivery, "drain", slow_reader)
+    office.tell_exit(container, process)
+    assert begun.wait(DEADLINE)
+    container.forget(init)
+    office.containers.remove(container)
+
+    again, _ = office.run("web")
+    office.exec(again, "e")
+    go_on.set()
+    eventually(partial(container.is_gone, process), "the old one is forgotten")
+    assert server.called("Tasks.DeleteProcess") == []
+    assert ("web", "e") in server.processes
 
 
 def _started(container_id: str, exec_id: str, pid: int) -> Any:

@@ -679,3 +679,8 @@ class ContainerMap:
         """Every record there is now."""
         with self._lock:
             return list(self._containers.values())
+
+    def with_deleted(self) -> list[Container]:
+        """Every record there is now or is remembered: the end of an exec may still be looked for after its container's."""
+        with self._lock:
+            return [*self._containers.values(), *self._deleted.values()]

@@ -828,7 +828,7 @@ class Client:
         self._delivery.close(left())
         self._background.close(min(left() / 2, _WIND_UP_SECONDS))
         self._cut.set()
-        for container in self._containers.all():
+        for container in self._containers.with_deleted():
             # A start that is under way is undone by its own thread; until then the shim waits for a reader.
             for attached in container.attached_and_started():
                 with suppress(OSError):  # one that fails must not keep the others from their end

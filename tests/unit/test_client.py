@@ -1157,6 +1157,41 @@ def test_close_does_not_wait_for_a_backend_for_ever(
     go.set()
 
 
+def test_close_ends_what_is_still_looked_for_after_its_containers_end(
+    server: Scripted, client: Client, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exec whose exit nobody told, of a container that is deleted: its waiter is woken, and its IO closed."""
+    monkeypatch.setattr(delivery, "_FIRST_LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(client_module, "_ASK_AGAIN_SECONDS", 3600.0)
+    attached: list[cio.DirectIO] = []
+
+    def attach(dio: cio.DirectIO) -> cio.IO:
+        attached.append(dio)
+        return dio
+
+    started(client)
+    client.exec("web", "e", PROCESS, attach_stdio=attach)
+    begun = threading.Event()
+    wait_exit = Container.wait_exit
+
+    def wait(*args: object, **others: object) -> object:
+        begun.set()
+        return wait_exit(*args, **others)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(Container, "wait_exit", wait)
+    waiting = Beside(lambda: client.wait("web", "e", timeout=DEADLINE))
+    assert begun.wait(DEADLINE)
+    with server.lock:
+        server.processes.clear()
+    client.delete_task("web")
+    client.delete("web")
+
+    client.close(timeout=DEADLINE)
+    with suppress(CallCancelledError):  # or it is looked for a last time, and nowhere to be found
+        assert waiting.answer().code == 255
+    assert [stream.closed for stream in attached[0].outputs] == [True, True]
+
+
 def test_close_from_many_threads_and_from_the_backend(
     server: Scripted, tmp_path: Path, backend: Recorder
 ) -> None:

@@ -80,7 +80,7 @@ class Delivery:
     def close(self, timeout: float) -> None:
         """Take no more events, and let those that are queued finish until the timeout (seconds)."""
         self._closing.set()
-        for container in self._containers.all():
+        for container in self._containers.with_deleted():
             container.wake()
         undelivered = self._queue.close(timeout)
         if undelivered:

@@ -16,7 +16,7 @@ from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._events import catchup
 from libcontainerd._records import Process, State
 from libcontainerd._runtime import read_facts
-from libcontainerd._wire.identifiers import check_identifier
+from libcontainerd._wire.identifiers import check_identifier, is_identifier
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.cio.attached import Attached, check_attach_stdio
@@ -326,7 +326,8 @@ class _Restoration:
         return [
             name
             for name in sorted(names - {"", INIT_PROCESS_NAME} - self.left.keys())
-            if (found := self.ask(name)) is not None and self._is_ours(name, found)
+            # Paths are made of it.
+            if is_identifier(name) and (found := self.ask(name)) is not None and self._is_ours(name, found)
         ]
 
     def _is_ours(self, exec_id: str, found: task_pb2.Process) -> bool:

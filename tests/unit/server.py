@@ -108,6 +108,7 @@ class Process:
     code: int = 0
     terminal: bool = False
     killed: bool = False
+    stdio: tuple[str, str, str] = ("", "", "")
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,9 @@ class _Script(grpc.ServerInterceptor):  # type: ignore[type-arg] # it takes none
             stream = handler.unary_stream
 
             def watch(request: Message, context: Context) -> Iterator[Message]:
-                note(request, context)(context, Empty)
+                instead = note(request, context)(context, Empty)
+                if isinstance(instead, bytes):
+                    return iter([cast("Message", instead)])
                 return stream(request, context)
 
             return grpc.unary_stream_rpc_method_handler(
@@ -366,6 +369,12 @@ class _Containers(containers_pb2.ContainersServicer):
             self._server.containers[request.container.id] = request.container
         return containers_pb2.CreateContainerResponse(container=request.container)
 
+    def ListStream(  # noqa: N802
+        self, request: containers_pb2.ListContainersRequest, context: Context
+    ) -> Iterator[containers_pb2.ListContainerMessage]:
+        for found in list(self._server.containers.values()):
+            yield containers_pb2.ListContainerMessage(container=found)
+
     def Delete(self, request: containers_pb2.DeleteContainerRequest, context: Context) -> Empty:  # noqa: N802
         if self._server.containers.pop(request.id, None) is None:
             context.abort(grpc.StatusCode.NOT_FOUND, f"container {request.id!r}: not found")
@@ -377,6 +386,10 @@ def _describe(container_id: str, exec_id: str, process: Process) -> task_pb2.Pro
     return task_pb2.Process(
         container_id=container_id,
         id=exec_id or container_id,
+        stdin=process.stdio[0],
+        stdout=process.stdio[1],
+        stderr=process.stdio[2],
+        terminal=process.terminal,
         pid=process.pid,
         status=process.status,
         exit_status=process.code,
@@ -398,7 +411,9 @@ class _Tasks(tasks_pb2.TasksServicer):
             if (name, "") in self._server.processes:
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, f"task {name}: already exists")
             made = self._server.processes[name, ""] = Process(
-                self._server.new_pid(), terminal=request.terminal
+                self._server.new_pid(),
+                terminal=request.terminal,
+                stdio=(request.stdin, request.stdout, request.stderr),
             )
         self._server.tell("create", task_events.TaskCreate(container_id=name, pid=made.pid))
         return tasks_pb2.CreateTaskResponse(container_id=name, pid=made.pid)
@@ -421,7 +436,9 @@ class _Tasks(tasks_pb2.TasksServicer):
         with self._server.lock:
             if (name, exec_id) in self._server.processes:
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, f"id {exec_id}: already exists")
-            self._server.processes[name, exec_id] = Process(0, terminal=request.terminal)
+            self._server.processes[name, exec_id] = Process(
+                0, terminal=request.terminal, stdio=(request.stdin, request.stdout, request.stderr)
+            )
         self._server.tell("exec-added", task_events.TaskExecAdded(container_id=name, exec_id=exec_id))
         return Empty()
 

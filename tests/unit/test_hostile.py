@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,20 +18,23 @@ from libcontainerd import Client, Status, cio
 from libcontainerd import _cleanup as cleanup
 from libcontainerd import client as client_module
 from libcontainerd._events import delivery
+from libcontainerd._wire import typeurl
+from libcontainerd._wire.identifiers import is_identifier
 from libcontainerd._wire.pb.events import task_pb2 as task_events
+from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
 from libcontainerd._wire.pb.services.containers_pb2 import ContainersServicer
-from libcontainerd._wire.pb.services.tasks_pb2 import TasksServicer
+from libcontainerd._wire.pb.services.tasks_pb2 import ListPidsResponse, TasksServicer
 from libcontainerd._wire.pb.services.version_pb2 import VersionServicer
-from libcontainerd._wire.pb.types import event_pb2
+from libcontainerd._wire.pb.types import event_pb2, task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Any
 from libcontainerd.errors import LibcontainerdError
 from libcontainerd.stats import Stats, Usage
-from libcontainerd.types import EventInfo, EventType, ExitStatus, Summary, Version
+from libcontainerd.types import EventInfo, EventType, ExitStatus, Restored, Summary, Version
 from tests.conftest import Count
 from tests.leaks import no_leaks
 from tests.unit import nonsense
 from tests.unit.beside import DEADLINE, eventually
-from tests.unit.server import Scripted, Step
+from tests.unit.server import Process, Scripted, Step, say
 
 SPEC = {"ociVersion": "1.0.2", "process": {"args": ["/bin/true"], "cwd": "/"}, "root": {"path": "rootfs"}}
 PROCESS = {"args": ["/bin/true"], "cwd": "/"}
@@ -39,7 +43,7 @@ METHODS: Final = {
     f"{servicer.service.name.rpartition('.')[2]}.{method.name}": method.response
     for servicer in (ContainersServicer, TasksServicer, VersionServicer)
     for method in servicer.service.methods
-    if not method.server_streaming
+    if not method.client_streaming
 }
 
 
@@ -191,8 +195,8 @@ def test_no_answer_is_too_absurd(verb: str, tmp_path: Path, count: Count) -> Non
             for method, steps in script.items():
                 server.script(method, *steps)
             with suppress(LibcontainerdError):
-                answer = call(client, name)
-                assert is_sane(answer), answer
+                came = call(client, name)
+                assert is_sane(came), came
             server.forget_scripts()
             for left in {name, f"{name}-new"} & {path.name for path in state.iterdir()}:
                 forget_all(server, client, left)
@@ -207,6 +211,95 @@ def test_no_answer_is_too_absurd(verb: str, tmp_path: Path, count: Count) -> Non
         assert client.wait("sound", timeout=DEADLINE).code == 7
         assert client.delete_task("sound").error is None
         client.delete("sound")
+
+
+def is_restored(answer: object) -> bool:
+    return (
+        isinstance(answer, Restored)
+        and is_whole(answer.pid)
+        and all(is_identifier(name) and is_whole(pid) for name, pid in answer.execs.items())
+    )
+
+
+RESTORING: Final[dict[str, tuple[Verb, list[str], Callable[[object], bool]]]] = {
+    "restore": (
+        lambda client, name: client.restore(name, _direct, timeout=2),
+        ["Containers.Get", "Tasks.Get", "Tasks.ListPids", "Tasks.DeleteProcess"],
+        is_restored,
+    ),
+    "restore_all": (
+        lambda client, _: client.restore_all(_direct, timeout=2),
+        ["Containers.ListStream", "Tasks.List", "Tasks.Get", "Tasks.ListPids", "Tasks.DeleteProcess"],
+        lambda it: (
+            isinstance(it, dict)
+            and all(is_restored(each) or isinstance(each, LibcontainerdError) for each in it.values())
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", RESTORING)
+def test_nothing_absurd_is_restored(verb: str, tmp_path: Path, count: Count) -> None:
+    call, methods, is_sane = RESTORING[verb]
+    assert set(methods) <= METHODS.keys()
+    state = tmp_path / "state"
+    numbers = itertools.count()
+
+    with (
+        no_leaks(),
+        Scripted() as server,
+        Client(server.path, namespace="test", state_dir=state) as earlier,
+        Client(server.path, namespace="test", state_dir=state) as client,
+    ):
+
+        @settings(max_examples=count(60, 10), suppress_health_check=SLOW)
+        @given(scripts(methods))
+        def any_answers(script: dict[str, list[Step]]) -> None:
+            name = f"c{next(numbers)}"
+            earlier.create(name, SPEC)
+            earlier.start(name, attach_stdio=_direct)
+            earlier.exec(name, "sh", PROCESS, attach_stdio=_direct)
+            for method, steps in script.items():
+                server.script(method, *steps)
+            with suppress(LibcontainerdError):
+                came = call(client, name)
+                assert is_sane(came), came
+            server.forget_scripts()
+            for each in client._containers.all():  # a nonsense name may have been restored as well
+                forget_all(server, client, each.id)
+            forget_all(server, earlier, name)
+            assert {path.name for path in tmp_path.iterdir()} <= {"state"}
+            server.containers.clear()
+
+        any_answers()
+
+
+def test_an_exec_with_a_path_for_a_name_is_not_restored(tmp_path: Path) -> None:
+    """Its FIFOs would be outside of the bundle, and be removed with its exit."""
+    with (
+        Scripted() as server,
+        Client(server.path, namespace="test", state_dir=tmp_path / "state") as earlier,
+        Client(server.path, namespace="test", state_dir=tmp_path / "state") as client,
+    ):
+        earlier.create("web", SPEC)
+        earlier.start("web")
+        victims = [tmp_path / "victim-stdout", tmp_path / "victim-stderr"]
+        for each in victims:
+            os.mkfifo(each)
+        name = "../../victim"
+        stdio = [f"{tmp_path}/state/web/{name}-{stream}" for stream in ("stdout", "stderr")]
+        pids = [task_pb2.ProcessInfo(pid=77, info=typeurl.pack(ProcessDetails(exec_id=name)))]
+        server.processes["web", name] = Process(77, task_pb2.Status.RUNNING, stdio=("", stdio[0], stdio[1]))
+        server.script("Tasks.ListPids", say(ListPidsResponse(processes=pids).SerializeToString()))
+        restored = client.restore("web", _direct)
+        assert restored.execs == {}
+        server.exit("web", name)
+        server.exit("web")
+        assert client.wait("web", timeout=DEADLINE).code == 0
+        client.delete_task("web")
+        client.delete("web")
+        assert all(each.is_fifo() for each in victims)
+        assert server.called("Tasks.DeleteProcess") == []
 
 
 # --------------------------------------------------------------------------------------------------------------- events

@@ -13,6 +13,11 @@ MAX_LENGTH: Final = 76
 _IDENTIFIER: Final = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 
 
+def is_identifier(value: str) -> bool:
+    """Whether containerd would take it for one."""
+    return len(value) <= MAX_LENGTH and _IDENTIFIER.fullmatch(value) is not None
+
+
 def check_identifier(kind: str, value: str) -> None:
     """Refuse what containerd refuses (its ``identifiers.Validate``): 76 characters at most, alphanumeric groups.
 

@@ -1,4 +1,4 @@
-"""Checks the documents: every link inside the project leads somewhere, Python code compiles, docstrings' examples run.
+"""Checks the documents: links inside the project lead somewhere, named tests exist, Python compiles, docstrings' examples run.
 
 python tools/check_docs.py
 """
@@ -21,6 +21,7 @@ _GENERATED = "libcontainerd._wire.pb"
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
+_TEST = re.compile(r"`(tests/[\w./-]+\.py)::(\w+)`")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
@@ -49,6 +50,16 @@ def dead_links(document: Path) -> Iterator[str]:
             yield f"{document}: {link} leads to no file"
         elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
             yield f"{document}: {link} leads to no heading"
+
+
+def missing_tests(document: Path, root: Path) -> Iterator[str]:
+    """Yield each test that a document names, as a file and a function in it, and that is not there."""
+    for name, function in _TEST.findall(document.read_text(encoding="utf-8")):
+        file = root / name
+        if not file.exists() or not re.search(
+            rf"^ *def {function}\(", file.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            yield f"{document}: there is no test {name}::{function}"
 
 
 def broken_code(document: Path) -> Iterator[str]:
@@ -83,7 +94,7 @@ def main(root: Path = Path(__file__).parents[1]) -> int:
     wrong = []
     texts = documents(root)
     for document in texts:
-        wrong += [*dead_links(document), *broken_code(document)]
+        wrong += [*dead_links(document), *missing_tests(document, root), *broken_code(document)]
     results = [run_examples(module) for module in modules("libcontainerd")]
     failed, tried = sum(result.failed for result in results), sum(result.attempted for result in results)
     for line in wrong:

@@ -342,3 +342,34 @@ def test_a_mapped_container_does_not_get_a_directory_that_is_anothers(state: Pat
         Bundle.prepare(str(state), "web", mapped)
     assert mode(plain.path) == 0o755
     assert tree(state) == [Path(plain.path).name]
+
+
+def test_what_an_earlier_client_has_made_is_found(state: Path) -> None:
+    """Also a mapped root's, whose place depends on what others might enter when it was made."""
+    plain = Bundle.prepare(str(state), "plain", (0, 0))
+    assert Bundle.find(str(state), "plain", (0, 0), plain.path).path == plain.path == str(state / "plain")
+    mapped = Bundle.prepare(str(state), "mapped", MAPPED)
+    assert Bundle.find(str(state), "mapped", MAPPED, mapped.path).path == mapped.path
+    assert mapped.path.endswith(f"/mapped{SUFFIX}")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "/",
+        "/etc",
+        "{state}",
+        "{state}/other",
+        "{state}/web/..",
+        "{state}/web/../../x",
+        "web",
+        "{state}/web.1.1",
+        "\0",
+    ],
+)
+def test_a_label_that_leads_elsewhere_is_not_followed(state: Path, label: str) -> None:
+    """Whoever may write labels could have any directory removed with the container."""
+    with capture_logs() as logs:
+        found = Bundle.find(str(state), "web", (0, 0), label.format(state=state))
+    assert found.path == str(state / "web")
+    assert [each["event"] for each in logs] == ["bundle_label_ignored"]

@@ -1157,6 +1157,46 @@ def test_close_does_not_wait_for_a_backend_for_ever(
     go.set()
 
 
+@pytest.mark.parametrize("method", ["Tasks.Delete", "Tasks.Exec", "Tasks.Get", "Containers.Get"])
+def test_a_call_that_hangs_holds_up_no_other(server: Scripted, client: Client, method: str) -> None:
+    """Neither of another container nor of the same one: no lock is held while containerd is asked."""
+    started(client)
+    started(client, "other")
+    if method == "Tasks.Delete":
+        server.exit("web", code=3)
+        client.wait("web")
+    held = Held()
+    server.script(method, held)
+    calls: dict[str, Callable[[], object]] = {
+        "Tasks.Delete": lambda: client.delete_task("web"),
+        "Tasks.Exec": lambda: client.exec("web", "slow", PROCESS),
+        "Tasks.Get": lambda: client.status("web"),
+        "Containers.Get": lambda: client.restore("elsewhere"),
+    }
+    hanging = Beside(calls[method])
+    assert held.begun.wait(DEADLINE)
+
+    def others() -> None:
+        client.exec("other", "e", PROCESS)
+        assert client.list_pids("web")
+        client.create("third", SPEC)
+        client.start("third")
+        server.exit("third", code=4)
+        assert client.wait("third").code == 4
+        assert client.delete_task("third").code == 4
+        client.delete("third")
+        if method != "Tasks.Delete":
+            client.exec("web", "quick", PROCESS)
+            server.exit("web", "quick", code=5)
+            assert client.wait("web", "quick").code == 5
+
+    Beside(others).answer()
+    assert hanging.running
+    held.release()
+    with suppress(NotFoundError):  # of the one that is not there to be restored
+        hanging.answer()
+
+
 def test_close_ends_what_is_still_looked_for_after_its_containers_end(
     server: Scripted, client: Client, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

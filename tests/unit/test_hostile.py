@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import grpc
 import pytest
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
@@ -27,14 +28,19 @@ from libcontainerd._wire.pb.services.tasks_pb2 import ListPidsResponse, TasksSer
 from libcontainerd._wire.pb.services.version_pb2 import VersionServicer
 from libcontainerd._wire.pb.types import event_pb2, task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Any
-from libcontainerd.errors import LibcontainerdError
+from libcontainerd.errors import (
+    DeadlineExceededError,
+    LibcontainerdError,
+    SystemFailureError,
+    UnavailableError,
+)
 from libcontainerd.stats import Stats, Usage
 from libcontainerd.types import EventInfo, EventType, ExitStatus, Restored, Summary, Version
 from tests.conftest import Count
 from tests.leaks import no_leaks
 from tests.unit import nonsense
 from tests.unit.beside import DEADLINE, eventually
-from tests.unit.server import Process, Scripted, Step, say
+from tests.unit.server import Process, Scripted, Step, fail, say
 
 SPEC = {"ociVersion": "1.0.2", "process": {"args": ["/bin/true"], "cwd": "/"}, "root": {"path": "rootfs"}}
 PROCESS = {"args": ["/bin/true"], "cwd": "/"}
@@ -272,6 +278,34 @@ def test_nothing_absurd_is_restored(verb: str, tmp_path: Path, count: Count) -> 
             server.containers.clear()
 
         any_answers()
+
+
+@pytest.mark.parametrize("method", ["Containers.Get", "Tasks.Get", "Tasks.ListPids"])
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
+        (grpc.StatusCode.INTERNAL, SystemFailureError),
+    ],
+)
+def test_a_restore_without_an_answer_leaves_no_record(
+    tmp_path: Path, method: str, code: grpc.StatusCode, error: type[LibcontainerdError]
+) -> None:
+    """What is not known to run is not said to, nor that it has ended."""
+    with (
+        Scripted() as server,
+        Client(server.path, namespace="test", state_dir=tmp_path) as earlier,
+        Client(server.path, namespace="test", state_dir=tmp_path) as client,
+    ):
+        earlier.create("web", SPEC)
+        pid = earlier.start("web", attach_stdio=_direct)
+        server.script(method, fail(code))
+        with no_leaks(), pytest.raises(error):
+            client.restore("web", _direct)
+        assert repr(client).endswith(": 0 containers>")
+        assert client.restore("web", _direct) == Restored(alive=True, pid=pid, execs={})
+        forget_all(server, client, "web")
 
 
 def test_an_exec_with_a_path_for_a_name_is_not_restored(tmp_path: Path) -> None:

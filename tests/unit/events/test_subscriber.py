@@ -234,6 +234,15 @@ def test_it_follows_a_containerd_that_restarts(server: Scripted, watch: Watch) -
     eventually(lambda: watch.topics() == ["/tasks/after"], "an event")
 
 
+def test_there_is_one_stream_at_a_time(server: Scripted, watch: Watch) -> None:
+    watch.open()
+    for number, end in enumerate(ENDS, 1):
+        server.end_streams(end)
+        eventually(lambda number=number: watch.resumed == number, "the subscription's return")  # type: ignore[misc]
+    assert len(server.streams) == 1
+    assert len(server.called(SUBSCRIBE)) == len(ENDS) + 1
+
+
 def test_after_a_gap_even_the_hopeless_is_tried_again(server: Scripted, watch: Watch) -> None:
     watch.open()
     server.script(SUBSCRIBE, fail(grpc.StatusCode.UNIMPLEMENTED), fail(grpc.StatusCode.PERMISSION_DENIED))

@@ -31,6 +31,20 @@ def test_a_dead_link_is_found(tmp_path: Path, text: str, findings: int) -> None:
     assert len(list(check_docs.dead_links(document))) == findings
 
 
+def test_a_test_that_is_named_and_not_there_is_found(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_x.py").write_text("def test_one() -> None:\n    pass\n")
+    document = tmp_path / "document.md"
+    document.write_text(
+        "`tests/test_x.py::test_one` `tests/test_x.py::test_on` `tests/test_y.py::test_one`\n"
+    )
+
+    assert list(check_docs.missing_tests(document, tmp_path)) == [
+        f"{document}: there is no test tests/test_x.py::test_on",
+        f"{document}: there is no test tests/test_y.py::test_one",
+    ]
+
+
 def test_broken_python_is_found_with_its_line(tmp_path: Path) -> None:
     document = tmp_path / "document.md"
     document.write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -57,11 +58,19 @@ def pytest_configure(config: pytest.Config) -> None:
         servers.choose()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    _take_signals()
     config.stash[_found] = servers.find()
     config.stash[USED] = Counter()
     settings.register_profile("test", max_examples=30, deadline=None)
     settings.register_profile("stress", max_examples=300, deadline=None)
     settings.load_profile("stress" if _stressed() else "test")
+
+
+def _take_signals() -> None:
+    """Undo what `nohup` and a shell's `&` do: what is ignored here would be ignored in every program that a test starts."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -222,3 +223,24 @@ def test_counts_of_several_processes_are_added_up(tmp_path: Path) -> None:
 
     assert "contract: 6 tests on a fake" in alone
     assert "contract: 6 tests on a fake" in shared
+
+
+def test_programs_of_tests_take_signals_however_the_tests_were_started(tmp_path: Path) -> None:
+    text = (
+        "import signal, subprocess, sys\n"
+        "def test_it():\n"
+        "    show = 'import signal; print(*(signal.getsignal(each).value for each in (signal.SIGHUP, signal.SIGQUIT)))'\n"
+        "    assert subprocess.check_output([sys.executable, '-c', show], text=True).split() == ['0', '1']\n"
+        "    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    ignored = {
+        number: signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+    }
+    try:
+        code, output = run_pytest(tmp_path, text)
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+    assert code == 0, output

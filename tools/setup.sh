@@ -5,6 +5,7 @@
 #   tools/setup.sh oldest     .venv-oldest: Python 3.11, constraints/oldest.txt, what the unit tests need
 #   tools/setup.sh servers    containerd, runc and a static busybox, from Debian's packages where root may
 #   tools/setup.sh required   as servers, and fails where a real containerd cannot be run
+#   tools/setup.sh go         containerd's Go client, from Debian's packages: one test compares what it is answered
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
@@ -96,6 +97,17 @@ setup_servers() {
         die "$why; a real container cannot be run here"
     fi
     say "$why; tests that need a real containerd are skipped"
+}
+
+setup_go() {
+    local client=/usr/share/gocode/src/github.com/containerd/containerd/client.go
+    if command -v go >/dev/null && [ -e "$client" ]; then
+        return 0
+    fi
+    if is_root && has_apt && apt_install golang-go golang-github-containerd-containerd-dev; then
+        return 0
+    fi
+    say "no Go client of containerd (Debian's golang-go and golang-github-containerd-containerd-dev); its test is skipped"
 }
 
 # -------------------------------------------------------------------------------------------- virtual environments
@@ -199,5 +211,6 @@ case "${1:-}" in
     oldest) setup_oldest ;;
     servers) setup_servers no ;;
     required) setup_servers yes ;;
-    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    go) setup_go ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from libcontainerd.backends import RecordingBackend
     from libcontainerd.testing import FakeContainerd
 
-_MARKER = 'containerd(runtime="scripted"): how the fixture of that name runs processes, "scripted" or "host"'
+_MARKER = 'containerd(runtime="scripted", version="1.6"): the arguments of the FakeContainerd that the fixture of that name gives'
 _NAMESPACE = "test"
 
 

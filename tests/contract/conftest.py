@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,6 +16,7 @@ import pytest
 from libcontainerd import Client, Remote
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd
+from libcontainerd.testing.releases import RELEASES
 from tests.conftest import USED
 from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
@@ -38,10 +40,26 @@ _SERVERS = (
 @contextmanager
 def _fake(name: str, rootfs: Path) -> Iterator[Server]:
     scripted = "scripted" in name
-    with FakeContainerd("scripted" if scripted else "host", stdio_timeout=2.0) as fake:
+    version = next((each for each in RELEASES if f"fake {each}," in name), "1.6")
+    with FakeContainerd(
+        "scripted" if scripted else "host",
+        version=version,  # type: ignore[arg-type]  # one of them
+        stdio_timeout=2.0,
+    ) as fake:
         if scripted:
             programs.script(fake)
         yield Server(name, fake.address, rootfs, real=False)
+
+
+def fake_like(real: Server, runtime: str) -> str:
+    """The name of a fake that behaves as a real containerd's release, or as the last before it that the fake knows."""
+    found = re.search(r"(\d+)\.(\d+)", real.name)
+    assert found is not None, real.name
+    number = int(found[1]), int(found[2])
+    release = max(
+        (each for each in RELEASES.items() if each[1].number <= number), key=lambda each: each[1].number
+    )
+    return f"fake {release[0]}, {runtime} runtime"
 
 
 @contextmanager

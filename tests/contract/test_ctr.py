@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from libcontainerd.testing import FakeContainerd
+from libcontainerd.testing.releases import RELEASES
 from tests.integration.containers import wait_until
 
 CTR = shutil.which("ctr")
@@ -52,11 +53,11 @@ class Ctr:
         return [line.split() for line in self(*args).splitlines()[1:]]
 
 
-@pytest.fixture
-def ctr(tmp_path: Path) -> Iterator[Ctr]:
+@pytest.fixture(params=list(RELEASES))
+def ctr(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ctr]:
     root = tmp_path / "root"
     root.mkdir()
-    with FakeContainerd("host") as fake:
+    with FakeContainerd("host", version=request.param) as fake:
         yield Ctr(fake.address, root)
         unserved = [call.method for call in fake.calls.all() if call.code in ("UNIMPLEMENTED", "INTERNAL")]
     assert unserved == []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.conftest import fake_like
 from tests.contract.servers import Server
 
 SOURCE = Path(__file__).parent / "goclient" / "main.go"
@@ -73,7 +74,8 @@ def say(program: Path, server: Server, rootfs: Path, fifos: Path) -> list[str]:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
-    return ran.stdout.splitlines()
+    # runc 1.3 says more than the 1.1 before it.
+    return ran.stdout.replace("error during container init: ", "").splitlines()
 
 
 @pytest.mark.real
@@ -81,8 +83,10 @@ def say(program: Path, server: Server, rootfs: Path, fifos: Path) -> list[str]:
 def test_the_go_client_sees_no_difference(
     goclient: Path, make_server: Callable[[str], Server], rootfs: Path, tmp_path: Path
 ) -> None:
-    fake = say(goclient, make_server("fake, host runtime"), rootfs, tmp_path / "fake")
-    real = say(goclient, make_server("containerd"), rootfs, tmp_path / "real")
+    containerd = make_server("containerd")
+    fake = make_server(fake_like(containerd, "host"))
 
-    assert fake == real
+    real = say(goclient, containerd, rootfs, tmp_path / "real")
+
+    assert say(goclient, fake, rootfs, tmp_path / "fake") == real
     assert len(real) > 100

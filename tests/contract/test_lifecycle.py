@@ -39,8 +39,7 @@ def test_version_and_server(client: Client, services: Services) -> None:
     server = services.call(services.introspection.Server, Empty())
     plugins = services.call(services.introspection.Plugins, introspection_pb2.PluginsRequest()).plugins
 
-    assert version.version.startswith("1.")
-    assert version.revision
+    assert version.version.split(".")[0] in ("1", "2")
     assert len(server.uuid) == 36
     assert {"io.containerd.content.v1", "io.containerd.snapshotter.v1", "io.containerd.runtime.v2"} <= {
         plugin.type for plugin in plugins

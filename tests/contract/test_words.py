@@ -23,6 +23,7 @@ from libcontainerd._wire.pb.services import (
 from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
 from libcontainerd._wire.pb.wellknown_pb2 import Any, FieldMask
 from tests.contract import programs
+from tests.contract.conftest import fake_like
 from tests.contract.servers import RUNTIME, Refused, Server, Services, process_any, process_document, spec_any
 
 Said = Iterator[Refused]
@@ -113,7 +114,6 @@ def containers(services: Services) -> Said:
     made = containers_pb2.Container
     for container in (
         made(id="c", spec=spec),
-        made(id="c", runtime=runtime),
         made(id="c", runtime=runtime, spec=spec, labels={"k": "v" * 4096}),
         made(id="c", runtime=runtime, spec=spec, labels={"": "v"}),
         made(id="c", runtime=runtime, spec=spec, snapshot_key="k"),
@@ -121,6 +121,8 @@ def containers(services: Services) -> Said:
     ):
         create = containers_pb2.CreateContainerRequest(container=container)
         yield s.refused(s.containers.Create, create)
+    without = containers_pb2.CreateContainerRequest(container=made(id="without", runtime=runtime))
+    yield asked(s, s.containers.Create, without)
     taken = s.make_container("c")
     yield s.refused(s.containers.Create, containers_pb2.CreateContainerRequest(container=taken))
     update = containers_pb2.UpdateContainerRequest
@@ -512,7 +514,7 @@ def test_the_fake_refuses_word_for_word(
     situation: Callable[[Services], Said],
     runtime: str,
 ) -> None:
-    fake = make_server(f"fake, {runtime} runtime")
+    fake = make_server(fake_like(real, runtime))
 
     assert said(fake, situation) == said(real, situation)
 
@@ -528,5 +530,6 @@ def said(server: Server, situation: Callable[[Services], Said]) -> list[str]:
             refusals = [repr(refused) for refused in situation(services)]
         finally:
             services.remove_everything()
-    # A snapshot's number in its server's own count.
-    return [re.sub(rf"{namespace}(/\d+/)?", "NAMESPACE", refusal) for refusal in refusals]
+    # A snapshot's number is in its server's own count; and runc 1.3 says more than the 1.1 before it.
+    refusals = [re.sub(rf"{namespace}(/\d+/)?", "NAMESPACE", refusal) for refusal in refusals]
+    return [refusal.replace("error during container init: ", "") for refusal in refusals]

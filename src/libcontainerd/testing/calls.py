@@ -18,6 +18,8 @@ from libcontainerd.testing.refusals import Refusal, closing, namespace_in
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from libcontainerd.testing.releases import Release
+
 _log = structlog.get_logger("libcontainerd")
 
 _PENDING: Final = ""
@@ -227,10 +229,11 @@ _Behaviour = Callable[[object, grpc.ServicerContext], object]
 class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make it generic, grpcio does not
     """Stands before every service."""
 
-    def __init__(self, log: CallLog, faults: Faults, stopping: Callable[[], bool]) -> None:
+    def __init__(self, log: CallLog, faults: Faults, stopping: Callable[[], bool], release: Release) -> None:
         self._log = log
         self._faults = faults
         self._stopping = stopping
+        self._release = release
 
     def intercept_service(
         self,
@@ -288,7 +291,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make 
     def _fail(self, call: Call, context: grpc.ServicerContext, error: Exception) -> None:
         """End a call with an error: a refusal as it is, anything else as a mistake of this program."""
         if isinstance(error, Refusal):
-            code, details = error.code, error.details
+            code, details = error.code, error.said_by(self._release)
         else:
             _log.exception("fake_failed", method=call.method, namespace=call.namespace)
             code, details = grpc.StatusCode.INTERNAL, f"FakeContainerd failed: {error!r}"

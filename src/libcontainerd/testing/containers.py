@@ -38,6 +38,7 @@ from libcontainerd.testing.timestamps import stamp
 
 if TYPE_CHECKING:
     from libcontainerd.testing.exchange import Exchange
+    from libcontainerd.testing.releases import Release
     from libcontainerd.testing.store import Store
 
 _ALL_PATHS: Final = ("labels", "image", "spec", "extensions", "snapshotkey")
@@ -68,7 +69,7 @@ def find_container(store: Store, namespace: str, container_id: str) -> Container
         return container
 
 
-def _check(container: Container, doing: str) -> None:
+def _check(container: Container, doing: str, release: Release) -> None:
     if fault := identifier_fault(container.id):
         raise invalid_argument(f"{doing} failed validation: container.ID: {fault}")
     if "" in container.extensions:
@@ -76,10 +77,10 @@ def _check(container: Container, doing: str) -> None:
     try:
         check_labels(container.labels, "containers")
     except Refusal as refusal:
-        raise Refusal(refusal.code, f"{doing} failed validation: {refusal.details}") from refusal
+        raise refusal.within(f"{doing} failed validation: ") from refusal
     if not container.runtime.name:
         raise invalid_argument(f"{doing} failed validation: container.Runtime.Name must be set")
-    if not container.HasField("spec"):
+    if release.wants_spec and not container.HasField("spec"):
         raise invalid_argument(f"{doing} failed validation: container.Spec must be set")
     if container.snapshot_key and not container.snapshotter:
         raise invalid_argument(
@@ -101,7 +102,7 @@ class Containers(ContainersServicer):
         namespace = namespace_of(context)
         container = Container()
         container.CopyFrom(request.container)
-        _check(container, "create container")
+        _check(container, "create container", self._store.release)
         check_label_keys(container.labels, f'failed to write container "{container.id}"')
         with self._store.lock:
             space = self._store.make_space(namespace)
@@ -177,7 +178,7 @@ class Containers(ContainersServicer):
                 target.labels, source.labels, paths, "update failed validation: containers"
             ):
                 _set(target, source, path)
-            _check(target, "update")
+            _check(target, "update", self._store.release)
             target.updated_at.CopyFrom(stamp(self._store.clock()))
             space.containers[source.id] = target
         self._exchange.publish(

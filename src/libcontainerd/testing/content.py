@@ -71,6 +71,10 @@ class Content(content_pb2.ContentServicer):
         with self._store.lock:
             blobs = self._store.make_space(namespace).blobs
             blobs.setdefault(digest, Blob(digest, len(data), now, now, dict(labels or {})))
+        if self._store.release.tells_new_content:
+            self._exchange.publish(
+                namespace, "/content/create", content_events.ContentCreate(digest=digest, size=len(data))
+            )
         return digest
 
     def read(self, namespace: str, digest: str) -> bytes:
@@ -176,7 +180,7 @@ class Content(content_pb2.ContentServicer):
         try:
             namespace = namespace_of(context)
         except Refusal as refusal:
-            raise Refusal(refusal.code, f"{doing}: {refusal.details}") from refusal
+            raise refusal.within(f"{doing}: ") from refusal
         with self._store.lock:
             ingest = self._store.space(namespace).ingests.get(request.ref)
             if ingest is None:

@@ -163,6 +163,17 @@ class Exchange:
             if forget:
                 self._late.clear()
 
+    def forget_late(self, namespace: str, container_id: str) -> None:
+        """What a shim still had to tell of a container is lost with the shim."""
+
+        def of_it(envelope: Envelope) -> bool:
+            kind = _KINDS.get(envelope.event.type_url)
+            found = "" if kind is None else getattr(kind.FromString(envelope.event.value), "container_id", "")
+            return (envelope.namespace, found) == (namespace, container_id)
+
+        with self._changed:
+            self._late = [envelope for envelope in self._late if not of_it(envelope)]
+
     def wait_subscribed(self, count: int, timeout: float) -> bool:
         """Wait until there are at least that many subscriptions; False when the time (seconds) is up."""
         with self._changed:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from libcontainerd.testing.stdio import ShimStdio
 
 _CHUNK: Final = 32 << 10
-_DRAIN_SECONDS: Final = 2.0  # how long the shim of 1.6 waits for output that a child still holds
 _END_SECONDS: Final = 5.0
 _SHELL: Final = "/bin/sh"
 _MARKER: Final = "LIBCONTAINERD_FAKE"
@@ -51,12 +50,16 @@ _LAUNCH_IN_TERMINAL: Final = f'exec <>"$0" >&0 2>&0; {_LAUNCH}'
 class HostRuntime:
     """Runs processes on this machine.
 
+    Args:
+        drain_seconds: How long output is waited for that a process's child still holds.
+
     What belongs to a container is known by a variable in its environment, which children inherit: that stands for the pid
     namespace that there is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drain_seconds: float) -> None:
         self._id = uuid.uuid4().hex
+        self._drain_seconds = drain_seconds
 
     def create(self, spec: ProcessSpec, stdio: ShimStdio, on_exit: Callable[[int], None]) -> HostProcess:
         """Make a process that waits to be started."""
@@ -70,7 +73,15 @@ class HostRuntime:
         cwd = _working_directory(spec)
         program = _find_program(spec, environment, cwd)
         command = [program, *spec.args[1:]]
-        return HostProcess(command, environment, cwd, stdio, on_exit, init=not spec.exec_id)
+        return HostProcess(
+            command,
+            environment,
+            cwd,
+            stdio,
+            on_exit,
+            init=not spec.exec_id,
+            drain_seconds=self._drain_seconds,
+        )
 
     def metrics(self, executions: list[Execution]) -> Metrics:
         """What the processes use, as /proc tells it."""
@@ -107,7 +118,9 @@ class HostProcess:
         on_exit: Callable[[int], None],
         *,
         init: bool,
+        drain_seconds: float,
     ) -> None:
+        self._drain_seconds = drain_seconds
         self._marker = f"{_MARKER}={environment[_MARKER]}".encode()
         self._init = init
         self._stdio = stdio
@@ -302,8 +315,8 @@ class HostProcess:
     # ----------------------------------------------------------------------------------------------------------- its end
 
     def drain(self) -> None:
-        """Let its output to the end, for two seconds: a child that holds it longer loses it."""
-        deadline = time.monotonic() + _DRAIN_SECONDS
+        """Let its output to the end, for some seconds: a child that holds it longer loses it."""
+        deadline = time.monotonic() + self._drain_seconds
         for each in self._copiers:
             if not each.name.endswith("stdin"):
                 each.join(max(0.0, deadline - time.monotonic()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import uuid
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,11 +14,12 @@ from libcontainerd._wire.pb.services import introspection_pb2
 from libcontainerd._wire.pb.services.version_pb2 import VersionResponse, VersionServicer
 from libcontainerd._wire.pb.types.platform_pb2 import Platform
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
-from libcontainerd.testing.containers import parse_filters
-from libcontainerd.testing.filters import fields
+from libcontainerd.testing.filters import FilterError, Filters, fields
 from libcontainerd.testing.refusals import Refusal
 
-VERSION: Final = "1.6.20"
+if TYPE_CHECKING:
+    from libcontainerd.testing.releases import Release
+
 REVISION: Final = "libcontainerd-fake"
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -51,32 +53,55 @@ _PLUGINS: Final = (
 )
 
 
+_SINCE_1_7: Final = (
+    ("io.containerd.lease.v1", "manager", False),
+    ("io.containerd.warning.v1", "deprecations", False),
+)
+_SHIM_OF_1_7: Final = ("io.containerd.runtime.v2", "shim", False)
+# The leases' service became a plugin of its own kind.
+_UNTIL_1_7: Final = (("io.containerd.service.v1", "leases-service"),)
+
+
 class Version(VersionServicer):
     """The version service.
 
     Args:
+        release: The containerd whose behaviour this is.
         isolated: Whether no process of this server touches the machine.
     """
 
-    def __init__(self, *, isolated: bool) -> None:
+    def __init__(self, release: Release, *, isolated: bool) -> None:
+        self._version = release.version
         self._revision = REVISION if isolated else f"{REVISION}-unisolated"
 
     def Version(self, request: Empty, context: grpc.ServicerContext) -> VersionResponse:  # noqa: ARG002 - gRPC's form
         """Tell the version whose behaviour this is, and by the revision that it is not the real one."""
-        return VersionResponse(version=VERSION, revision=self._revision)
+        return VersionResponse(version=self._version, revision=self._revision)
 
 
 class Introspection(introspection_pb2.IntrospectionServicer):
     """The introspection service."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: Release) -> None:
+        self._release = release
+        self._plugins = [
+            plugin for plugin in _PLUGINS if release.number < (2, 0) or plugin[:2] not in _UNTIL_1_7
+        ]
+        if release.number >= (1, 7):
+            self._plugins += _SINCE_1_7
+        if (1, 7) <= release.number < (2, 0):
+            self._plugins.append(_SHIM_OF_1_7)
         self._uuid = str(uuid.uuid4())
         architecture = _ARCHITECTURES.get(platform.machine(), platform.machine())
         self._platform = Platform(os="linux", architecture=architecture)
 
     def Server(self, request: Empty, context: grpc.ServicerContext) -> introspection_pb2.ServerResponse:  # noqa: ARG002 - gRPC's form
-        """Tell the server's own id."""
-        return introspection_pb2.ServerResponse(uuid=self._uuid)
+        """Tell the server's own id, and since 1.7 of its process."""
+        answer = introspection_pb2.ServerResponse(uuid=self._uuid)
+        if self._release.tells_process:
+            answer.pid = os.getpid()
+            answer.pidns = os.stat("/proc/self/ns/pid").st_ino
+        return answer
 
     def Plugins(
         self,
@@ -84,13 +109,19 @@ class Introspection(introspection_pb2.IntrospectionServicer):
         context: grpc.ServicerContext,  # noqa: ARG002 - gRPC's form
     ) -> introspection_pb2.PluginsResponse:
         """List what is loaded."""
-        filters = parse_filters(request.filters)
+        try:
+            filters = Filters(request.filters)
+        except FilterError as error:
+            text = f"{error}: invalid argument"
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT, text, since_2=f"invalid argument: {error}"
+            ) from error
         return introspection_pb2.PluginsResponse(
             plugins=[
                 introspection_pb2.Plugin(
                     type=kind, id=name, platforms=[self._platform] if tied else [], capabilities=[]
                 )
-                for kind, name, tied in _PLUGINS
+                for kind, name, tied in self._plugins
                 if filters.match(fields({"type": kind, "id": name}))
             ]
         )

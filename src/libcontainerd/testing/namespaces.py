@@ -91,11 +91,14 @@ class Namespaces(NamespacesServicer):
                 raise already_exists(f'namespace "{namespace.name}"')
             set_labels(self._store.make_space(namespace.name).labels, namespace.labels, "namespace")
         self._exchange.publish(
-            _publisher_in(context),
+            self._told_in(namespace.name, context),
             "/namespaces/create",
             namespace_events.NamespaceCreate(name=namespace.name, labels=namespace.labels),
         )
         return CreateNamespaceResponse(namespace=namespace)
+
+    def _told_in(self, changed: str, context: grpc.ServicerContext) -> str:
+        return changed if self._store.release.spaces_tell_themselves else _publisher_in(context)
 
     def Update(
         self,
@@ -115,9 +118,9 @@ class Namespaces(NamespacesServicer):
             try:
                 set_masked_labels(labels, source.labels, paths or ["labels"], "namespace")
             except Refusal as refusal:  # of this call alone containerd does not translate the error
-                raise Refusal(grpc.StatusCode.UNKNOWN, refusal.details) from refusal
+                raise refusal.within("", grpc.StatusCode.UNKNOWN) from refusal
         self._exchange.publish(
-            _publisher_in(context),
+            self._told_in(source.name, context),
             "/namespaces/update",
             namespace_events.NamespaceUpdate(name=source.name, labels=source.labels),
         )

@@ -10,11 +10,14 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from libcontainerd.testing.releases import Release
+
 _NAMESPACE_HEADER: Final = "containerd-namespace"
 _LEASE_HEADER: Final = "containerd-lease"
 _MAX_LENGTH: Final = 76
 _PATTERN: Final = "^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$"
 _IDENTIFIER: Final = re.compile(_PATTERN[:-1], re.ASCII)
+_ONE_ERROR: Final = re.compile(r"1 error occurred:\n\t\* (.*)\n\n")
 _MAX_LABEL_BYTES: Final = 4096
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
 
@@ -24,13 +27,35 @@ class Refusal(Exception):  # noqa: N818 - it is what becomes of a call, not a mi
 
     Attributes:
         code: gRPC's status code.
-        details: The text, as containerd sends it.
+        details: The text, as containerd 1.6 sends it.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(
+        self, code: grpc.StatusCode, details: str, *, since_1_7: str = "", since_2: str = ""
+    ) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code
         self.details = details
+        self._since_1_7 = since_1_7 or details
+        self._since_2 = since_2 or self._since_1_7
+
+    def within(self, doing: str, code: grpc.StatusCode | None = None) -> Refusal:
+        """The same, with what it was that was being done before its text, and maybe with another code."""
+        return Refusal(
+            code or self.code,
+            f"{doing}{self.details}",
+            since_1_7=f"{doing}{self._since_1_7}",
+            since_2=f"{doing}{self._since_2}",
+        )
+
+    def said_by(self, release: Release) -> str:
+        """The text as a release of containerd sends it."""
+        if release.number < (1, 7):
+            return self.details
+        if release.number < (2, 0):
+            return self._since_1_7
+        # 2.x joins errors in another way, and has no name for those of the class "unknown".
+        return _ONE_ERROR.sub(r"\1", self._since_2).removesuffix(": unknown")
 
 
 # containerd's error classes end the text with their own names; what the shim and the runtime say ends with "unknown".
@@ -89,10 +114,16 @@ def check_labels(labels: Mapping[str, str], what: str) -> None:
         Refusal: one is too long.
     """
     for key, value in labels.items():
-        if len(key.encode()) + len(value.encode()) > _MAX_LABEL_BYTES:
-            raise invalid_argument(
-                f"{what}.Labels: label key and value greater than maximum size ({_MAX_LABEL_BYTES} bytes),"
-                f" key: {key[:10]}"
+        length = len(key.encode()) + len(value.encode())
+        if length > _MAX_LABEL_BYTES:
+            before, limit = (
+                f"{what}.Labels: label key and value",
+                f"greater than maximum size ({_MAX_LABEL_BYTES} bytes)",
+            )
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{before} {limit}, key: {key[:10]}: invalid argument",
+                since_1_7=f"{before} length ({length} bytes) {limit}, key: {key[:64]}: invalid argument",
             )
 
 

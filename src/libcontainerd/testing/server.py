@@ -27,6 +27,7 @@ from libcontainerd.testing.introspection import Health, Introspection, Version
 from libcontainerd.testing.leases import Leases
 from libcontainerd.testing.namespaces import Namespaces
 from libcontainerd.testing.refusals import Refusal, closing
+from libcontainerd.testing.releases import RELEASES
 from libcontainerd.testing.scripted import Program, ScriptedProcess, ScriptedRuntime
 from libcontainerd.testing.snapshots import Snapshots
 from libcontainerd.testing.store import Store
@@ -58,12 +59,13 @@ class FakeContainerd:
     A context manager: entering it starts the server, leaving it ends every process, and removes every thread, descriptor and
     file. Several may run at once. All methods may be called from any thread.
 
-    It behaves as containerd 1.6 does, down to the texts of its errors.
+    It behaves as containerd does, down to the texts of its errors.
 
     Args:
         runtime: What runs processes. ``"scripted"``: the test says what each does, see `script` and `process`, and nothing is
             forked. ``"host"``: they run on this machine, with its programs and files and as its user: nothing is isolated,
             no root filesystem, namespace, limit or user of a spec counts.
+        version: Which containerd it behaves as, where releases differ: ``"1.6"``, ``"1.7"`` or ``"2.1"``.
         clock: What time it is; by default the real time.
         stdio_timeout: Seconds that a client may take to open its ends of a process's stdio; containerd's are 30.
 
@@ -80,17 +82,21 @@ class FakeContainerd:
         self,
         runtime: Literal["scripted", "host"] = "scripted",
         *,
+        version: Literal["1.6", "1.7", "2.1"] = "1.6",
         clock: Callable[[], datetime] = timestamps.now,
         stdio_timeout: float = 30.0,
     ) -> None:
         if runtime not in ("scripted", "host"):
             raise InvalidParameterError(f'the runtime is "scripted" or "host", not {runtime!r}')
+        if version not in RELEASES:
+            raise InvalidParameterError(f"the version is one of {', '.join(RELEASES)}, not {version!r}")
         self.calls = CallLog()
+        self._release = RELEASES[version]
         self._scripted = ScriptedRuntime() if runtime == "scripted" else None
         self._clock = clock
         self._stdio_timeout = stdio_timeout
         self._faults = Faults()
-        self._store = Store(clock)
+        self._store = Store(clock, self._release)
         self._exchange = Exchange(clock)
         self._content = Content(self._store, self._exchange)
         self._directory: Path | None = None
@@ -100,7 +106,7 @@ class FakeContainerd:
         self._stopping = False
         self._tasks: Tasks | None = None
         self._snapshots: Snapshots | None = None
-        self._introspection = Introspection()
+        self._introspection = Introspection(self._release)
 
     # ---------------------------------------------------------------------------------------------- starting, stopping
 
@@ -145,7 +151,7 @@ class FakeContainerd:
                 self._store,
                 self._exchange,
                 self._content,
-                self._scripted or HostRuntime(),
+                self._scripted or HostRuntime(self._release.drain_seconds),
                 state_dir=str(self._directory),
                 open_timeout=self._stdio_timeout,
                 stopping=lambda: self._stopping,
@@ -180,7 +186,7 @@ class FakeContainerd:
         executor = ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="fake-containerd")
         server = grpc.server(
             executor,
-            interceptors=[Gate(self.calls, self._faults, lambda: self._stopping)],
+            interceptors=[Gate(self.calls, self._faults, lambda: self._stopping, self._release)],
             options=(
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
@@ -193,7 +199,7 @@ class FakeContainerd:
             Images(self._store, self._exchange),
             Leases(self._store),
             Namespaces(self._store, self._exchange),
-            Version(isolated=self._scripted is not None),
+            Version(self._release, isolated=self._scripted is not None),
             self._introspection,
             self._content,
             snapshots,
@@ -233,28 +239,32 @@ class FakeContainerd:
     def _unlink_socket(self) -> None:
         _socket_in(self.directory).unlink(missing_ok=True)
 
-    def go_up(self, *, state: bool = True, keep_ended: bool = True) -> None:
+    def go_up(self, *, state: bool = True, keep_ended: bool | None = None, keep_events: bool = True) -> None:
         """Serve again.
 
         Args:
             state: Whether it still knows what it knew. Without, every process is ended and all is forgotten.
-            keep_ended: Whether a task whose init has ended meanwhile is still known, and its exit told late. containerd 1.6
-                does so; 1.7 and later forget such a task, and its exit code.
+            keep_ended: Whether a task whose init has ended meanwhile is still known, and its exit told late. By default as
+                the version does: 1.6 keeps it; 1.7 and later forget such a task, and its exit code.
+            keep_events: Whether shims still tell what has happened meanwhile. They try for about 15 seconds, and then drop it.
         """
         with self._lock:
             if self._server is not None:
                 return
             if not state:
                 self._clear()
-            elif not keep_ended:
-                self._running_tasks().forget_stopped()
-            self._exchange.go_up(forget=not state or not keep_ended)
+            elif not (self._release.keeps_ended if keep_ended is None else keep_ended):
+                for namespace, container_id in self._running_tasks().forget_stopped():
+                    self._exchange.forget_late(namespace, container_id)
+            self._exchange.go_up(forget=not state or not keep_events)
             self._serve()
 
-    def restart(self, *, state: bool = True, keep_ended: bool = True) -> None:
+    def restart(
+        self, *, state: bool = True, keep_ended: bool | None = None, keep_events: bool = True
+    ) -> None:
         """`go_down`, then `go_up`."""
         self.go_down()
-        self.go_up(state=state, keep_ended=keep_ended)
+        self.go_up(state=state, keep_ended=keep_ended, keep_events=keep_events)
 
     def _running_tasks(self) -> Tasks:
         if self._tasks is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.services.images_pb2 import Image
     from libcontainerd._wire.pb.services.leases_pb2 import Lease
     from libcontainerd.testing.objects import Blob, Ingest, Snapshot
+    from libcontainerd.testing.releases import Release
 
 
 @dataclass
@@ -53,11 +54,13 @@ class Store:
         lock: Guards all of it. Innermost but for the exchange's, which is taken under it; nothing that waits is called
             while it is held.
         clock: What time it is.
+        release: The containerd that keeps it.
     """
 
-    def __init__(self, clock: Callable[[], datetime]) -> None:
+    def __init__(self, clock: Callable[[], datetime], release: Release) -> None:
         self.lock = threading.RLock()
         self.clock = clock
+        self.release = release
         self._spaces: dict[str, Space] = {}
 
     def space(self, namespace: str) -> Space:

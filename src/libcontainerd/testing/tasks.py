@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.wellknown_pb2 import Any
     from libcontainerd.testing.content import Content
     from libcontainerd.testing.exchange import Exchange
+    from libcontainerd.testing.releases import Release
     from libcontainerd.testing.store import Store
 
 _KILL: Final = 9
-_SHIM_NAMES: Final = ("io.containerd.runc.v1", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")
 _CHECKPOINT_TYPE: Final = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
 _CONFIG_TYPE: Final = "application/vnd.containerd.container.checkpoint.config.v1+proto"
 
@@ -103,8 +103,8 @@ class Tasks(tasks_pb2.TasksServicer):
         with self._lock:
             self._tasks = {key: each for key, each in self._tasks.items() if each is not task}
 
-    def forget_stopped(self) -> None:
-        """Lose the tasks whose init has ended, as containerd 1.7 and later do when they start."""
+    def forget_stopped(self) -> list[tuple[str, str]]:
+        """Lose the tasks whose init has ended, as containerd 1.7 and later do when they start, and say whose they were."""
         with self._lock:
             stopped = [
                 task for task in self._tasks.values() if task is not None and task.init.state is State.STOPPED
@@ -112,6 +112,7 @@ class Tasks(tasks_pb2.TasksServicer):
         for task in stopped:
             self.forget(task)
             task.release()
+        return [(task.init.spec.namespace, task.init.spec.container_id) for task in stopped]
 
     def clear(self) -> None:
         """End every process and forget every task."""
@@ -197,7 +198,7 @@ class Tasks(tasks_pb2.TasksServicer):
         namespace = namespace_of(context)
         container = find_container(self._store, namespace, request.container_id)
         key = namespace, request.container_id
-        _check_runtime(container.runtime.name)
+        _check_runtime(container.runtime.name, self._store.release)
         if request.HasField("checkpoint"):
             self._check_checkpoint(namespace, request.checkpoint)
         spec = _spec_of(namespace, container, request)
@@ -396,7 +397,7 @@ def _spec_of(namespace: str, container: Container, request: tasks_pb2.CreateTask
     try:
         document = _json_of(container.spec)
     except Refusal as refusal:
-        raise Refusal(refusal.code, f"{doing}: {refusal.details}") from refusal
+        raise refusal.within(f"{doing}: ") from refusal
     process, root = document.get("process"), document.get("root")
     path = root.get("path", "") if isinstance(root, dict) else ""
     mounted = next((mount.source for mount in request.rootfs if mount.type == "bind"), "")
@@ -409,9 +410,9 @@ def _spec_of(namespace: str, container: Container, request: tasks_pb2.CreateTask
     )
 
 
-def _check_runtime(name: str) -> None:
+def _check_runtime(name: str, release: Release) -> None:
     doing = "failed to start shim: failed to resolve runtime path"
-    if name in _SHIM_NAMES:
+    if name in release.shims:
         return
     if name.startswith("/"):
         if Path(name).is_file():
@@ -422,10 +423,11 @@ def _check_runtime(name: str) -> None:
         )
     parts = name.split(".")
     if len(parts) < 2:
-        raise Refusal(
-            grpc.StatusCode.UNKNOWN,
-            f"{doing}: invalid runtime name {name}, correct runtime name should be either format like `io.containerd.runc.v1` or a full path to the binary",
+        text = (
+            f"{doing}: invalid runtime name {name}, correct runtime name should be either format like"
+            " `io.containerd.runc.v1` or a full path to the binary"
         )
+        raise Refusal(grpc.StatusCode.UNKNOWN, text, since_2=text.replace("runc.v1", "runc.v2"))
     raise Refusal(
         grpc.StatusCode.UNKNOWN,
         f'{doing}: runtime "{name}" binary not installed "containerd-shim-{parts[-2]}-{parts[-1]}":'

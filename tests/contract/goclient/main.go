@@ -162,7 +162,7 @@ func (r *run) subscribe() {
 
 func (r *run) itself() {
 	version, err := r.client.Version(r.ctx)
-	r.say("version", err, strings.HasPrefix(version.Version, "1.6."), version.Revision != "")
+	r.say("version", err, version.Version[:4])
 	server, err := r.client.IntrospectionService().Server(r.ctx, &types.Empty{})
 	must(err)
 	r.say("server", nil, len(server.UUID))

@@ -60,7 +60,7 @@ def test_it_is_told_by_pytest(tmp_path: Path) -> None:
 
     for name in ("containerd", "libcontainerd_backend", "libcontainerd_client"):
         assert f"{name} --" in fixtures
-    assert '@pytest.mark.containerd(runtime="scripted")' in markers
+    assert '@pytest.mark.containerd(runtime="scripted", version="1.6")' in markers
 
 
 def test_it_costs_nothing_before_it_is_asked_for() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import grpc
 import pytest
@@ -41,8 +42,10 @@ from libcontainerd._wire.pb.services import (
 )
 from libcontainerd._wire.pb.services.containers_pb2 import GetContainerRequest
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
+from libcontainerd._wire.typeurl import SPEC_URL, pack_json
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd, prints
+from libcontainerd.testing.releases import RELEASES
 from tests.integration.containers import Collected, exit_of, wait_until
 from tests.leaks import no_leaks
 from tests.unit.testing.specs import METADATA, process, spec
@@ -92,12 +95,14 @@ def test_it_starts_and_stops_fast() -> None:
     with FakeContainerd():
         pass
     times = []
-    for _ in range(5):
+    for _ in range(20):
         begin = time.perf_counter()
         with FakeContainerd():
             pass
         times.append(time.perf_counter() - begin)
+    print(f"a FakeContainerd starts and stops in {1000 * min(times):.1f} ms at best of {len(times)}")  # noqa: T201 - a figure
 
+    # The best of them: the rest is what else this machine does.
     assert min(times) < 0.05
 
 
@@ -135,6 +140,97 @@ def test_starting_and_stopping_twice() -> None:
 def test_a_runtime_that_there_is_not() -> None:
     with pytest.raises(InvalidParameterError, match='"scripted" or "host"'):
         FakeContainerd("docker")  # type: ignore[arg-type]  # what is refused
+
+
+def test_a_version_that_there_is_not() -> None:
+    with pytest.raises(InvalidParameterError, match=r"one of 1\.6, 1\.7, 2\.1"):
+        FakeContainerd(version="0.1")  # type: ignore[arg-type]  # what is refused
+
+
+@pytest.mark.parametrize(("version", "code"), [("1.6", 4), ("1.7", 255), ("2.1", 255)])
+def test_a_restart_keeps_what_its_version_keeps(
+    connect: Connect, backend: RecordingBackend, version: Literal["1.6", "1.7", "2.1"], code: int
+) -> None:
+    with FakeContainerd(version=version) as fake:
+        client = connect(fake)
+        assert client.version().version.startswith(version)
+        client.create("c", spec())
+        client.start("c")
+        client.create("d", spec())
+        client.start("d")
+        client.exec("d", "e", process())
+        fake.go_down()
+        fake.process("c").exit(4)
+        fake.process("d", "e").exit(5)
+        fake.go_up()
+
+        assert exit_of(backend, "c") == code
+        assert exit_of(backend, "d", "e") == 5  # its shim lives, and tells it
+        client.close()
+
+
+def test_a_shim_that_gave_up_telling_is_asked(
+    fake: FakeContainerd, client: Client, backend: RecordingBackend
+) -> None:
+    client.create("c", spec())
+    client.start("c")
+    fake.go_down()
+    fake.process("c").exit(4)
+    fake.go_up(keep_events=False)
+
+    assert exit_of(backend, "c") == 4
+    assert "/tasks/exit" not in [envelope.topic for envelope in fake.published()]
+
+
+def test_what_a_version_tells() -> None:
+    said = {}
+    for version in RELEASES:
+        with (
+            FakeContainerd(version=version) as fake,  # type: ignore[arg-type]  # one of them
+            grpc.insecure_channel(f"unix:{fake.address}") as channel,
+        ):
+            introspection = introspection_pb2.IntrospectionStub(channel)
+            tasks = tasks_pb2.TasksStub(channel)
+            namespaces = namespaces_pb2.NamespacesStub(channel)
+            server = introspection.Server(Empty(), metadata=METADATA, timeout=10)
+            plugins = introspection.Plugins(
+                introspection_pb2.PluginsRequest(), metadata=METADATA, timeout=10
+            ).plugins
+            space = namespaces_pb2.Namespace(name="other")
+            namespaces.Create(
+                namespaces_pb2.CreateNamespaceRequest(namespace=space), metadata=METADATA, timeout=10
+            )
+            containers_pb2.ContainersStub(channel).Create(
+                containers_pb2.CreateContainerRequest(
+                    container=containers_pb2.Container(
+                        id="c",
+                        runtime=containers_pb2.Container.Runtime(name="io.containerd.runc.v1"),
+                        spec=pack_json(SPEC_URL, b"x"),
+                    )
+                ),
+                metadata=METADATA,
+                timeout=10,
+            )
+            with pytest.raises(grpc.RpcError) as caught:
+                tasks.Create(tasks_pb2.CreateTaskRequest(container_id="c"), metadata=METADATA, timeout=10)
+            told = next(each for each in fake.published() if each.topic == "/namespaces/create")
+            said[version] = (
+                server.pid == os.getpid() and server.pidns > 0,
+                ("io.containerd.lease.v1", "manager") in [(each.type, each.id) for each in plugins],
+                told.namespace,
+                caught.value.details(),
+            )
+
+    no_shim = (
+        "failed to start shim: failed to resolve runtime path: runtime"
+        ' "io.containerd.runc.v1" binary not installed "containerd-shim-runc-v1": file does not exist'
+    )
+    assert said == {
+        "1.6": (False, False, "test", said["1.6"][3]),
+        "1.7": (True, True, "other", said["1.6"][3]),
+        "2.1": (True, True, "other", no_shim),
+    }
+    assert str(said["1.6"][3]).endswith(": unknown")
 
 
 def test_a_stopped_fake_is_gone(fake: FakeContainerd, client: Client) -> None:

@@ -39,6 +39,12 @@ test: setup ## run all tests, under 5 minutes on two cores, and say on which ser
 stress: setup ## run the tests that have counts once more with the full counts
 	@LIBCONTAINERD_STRESS=1 $(PYTEST) -m stress
 
+SECONDS := 60
+.PHONY: fuzz
+fuzz: setup ## feed what reads from outside with hostile bytes for SECONDS=60, by atheris where it installs
+	@tools/setup.sh fuzz
+	@$(PYTHON) tools/fuzz.py $(SECONDS)
+
 .PHONY: oldest
 oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic
 	@tools/setup.sh oldest
@@ -98,5 +104,5 @@ coverage: venv ## report the branch coverage of the last `make check`, and fail 
 
 .PHONY: clean
 clean: ## remove the virtual environments and what the tools left
-	rm -rf .venv .venv-oldest .venv-protos build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-protos build dist htmlcov .coverage .coverage.* .hypothesis .fuzz .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

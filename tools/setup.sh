@@ -3,6 +3,7 @@
 #
 #   tools/setup.sh venv       .venv: the newest fitting Python, constraints/newest.txt, this project editable
 #   tools/setup.sh oldest     .venv-oldest: Python 3.11, constraints/oldest.txt, what the unit tests need
+#   tools/setup.sh fuzz       atheris into .venv, where there is a build of it for this Python
 #   tools/setup.sh servers    containerd, runc and a static busybox, from Debian's packages where root may
 #   tools/setup.sh required   as servers, and fails where a real containerd cannot be run
 #   tools/setup.sh go         containerd's Go client, from Debian's packages: one test compares what it is answered
@@ -206,11 +207,21 @@ setup_oldest() {
     echo "$now" >"$venv/setup-stamp"
 }
 
+setup_fuzz() {
+    if .venv/bin/python -c 'import atheris' 2>/dev/null; then
+        return 0
+    fi
+    say "installing atheris, pinned in constraints/fuzz.txt, into .venv"
+    pip_install .venv --only-binary :all: --requirement constraints/fuzz.txt 2>/dev/null ||
+        say "there is no atheris for this Python; fuzzing goes on with damaged samples"
+}
+
 case "${1:-}" in
     venv) setup_venv ;;
     oldest) setup_oldest ;;
+    fuzz) setup_fuzz ;;
     servers) setup_servers no ;;
     required) setup_servers yes ;;
     go) setup_go ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

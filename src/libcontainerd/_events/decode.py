@@ -1,4 +1,4 @@
-"""From containerd's envelope to an event in this library's words. Pure: no state, no I/O but a line in the debug log.
+"""From containerd's envelope to an event in this library's words. Pure: no state, no I/O, no log.
 
 Each kind of event fills the fields that the original filled, and no others. An envelope comes from whoever may publish
 to containerd, so nothing in it is believed: what it holds decodes, or is `MalformedEvent`, or is none of our business.
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from libcontainerd._wire.identifiers import MAX_LENGTH
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.types.event_pb2 import Envelope
     from libcontainerd._wire.pb.wellknown_pb2 import Timestamp
 
-_log = structlog.get_logger("libcontainerd")
-
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _GO_ZERO_TIME: Final = -62135596800  # seconds from the epoch to 0001-01-01, which is how Go says "no time"
 _LAST_SECOND: Final = 253402300799  # of the year 9999, the last one of protobuf's and of Python's
@@ -33,6 +30,10 @@ _LOGGED_NAME: Final = 200
 
 class MalformedEvent(ValueError):  # noqa: N818  # as DESIGN speaks of them; it never leaves the package
     """An envelope without a payload, or with one that does not decode as what it says it is."""
+
+
+class UnknownEvent(MalformedEvent):
+    """An event of a kind that this library has no word for: of a newer containerd's, or anybody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Event:
 
 
 def decode(envelope: Envelope) -> Event | None:
-    """Return the event in an envelope, or None if its kind is none that a backend hears of.
+    """Return the event in an envelope, or None if its kind is one of containerd's that no backend hears of.
 
     `oom_killed` is only set on the OOM event itself: that later ones carry it too is for whoever keeps the records.
     Whether the envelope is of the right namespace and the container known is not looked at.
@@ -53,6 +54,7 @@ def decode(envelope: Envelope) -> Event | None:
         envelope: As received; not changed.
 
     Raises:
+        UnknownEvent: its kind is not known.
         MalformedEvent: there is no payload, it does not decode, or it names what cannot be a name.
     """
     if not envelope.HasField("event"):
@@ -65,8 +67,7 @@ def decode(envelope: Envelope) -> Event | None:
             return None
         if not url:
             raise MalformedEvent(f"event on topic {envelope.topic[:_LOGGED_NAME]!r} does not say what it is")
-        _log.debug("event_ignored", topic=envelope.topic[:_LOGGED_NAME], type_url=url[:_LOGGED_NAME])
-        return None
+        raise UnknownEvent(f"event on topic {envelope.topic[:_LOGGED_NAME]!r} is a {url[:_LOGGED_NAME]!r}")
     try:
         event = read(payload.value)
     except (DecodeError, ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,7 @@ import structlog
 
 from libcontainerd._cleanup import delete_process
 from libcontainerd._events import catchup
-from libcontainerd._events.decode import MalformedEvent, decode
+from libcontainerd._events.decode import MalformedEvent, UnknownEvent, decode
 from libcontainerd._events.serial import SerialQueue
 from libcontainerd._wire.connection import Deadline
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
@@ -68,7 +69,7 @@ class Delivery:
         self._lock = (
             threading.Lock()
         )  # guards the three below; innermost, nothing waits or is called back under it
-        self._malformed = 0
+        self._skipped: Counter[type[MalformedEvent]] = Counter()
         self._leftovers: weakref.WeakSet[InputStream | OutputStream] = weakref.WeakSet()
         self._unfinished: list[Attached] = []
         self._log = _log.bind(namespace=connection.namespace)
@@ -95,7 +96,7 @@ class Delivery:
         try:
             event = decode(envelope)
         except MalformedEvent as error:
-            self._note_malformed(str(error))
+            self._note_skipped(type(error), str(error))
             return
         if event is None:
             return
@@ -111,18 +112,21 @@ class Delivery:
         else:
             self.tell(event.type, info)
 
-    def _note_malformed(self, error: str) -> None:
+    def _note_skipped(self, kind: type[MalformedEvent], error: str) -> None:
         """Have it logged; a log may block, and this thread must not. Those that come meanwhile are counted, not kept."""
         with self._lock:
-            self._malformed += 1
-            first = self._malformed == 1
+            self._skipped[kind] += 1
+            first = self._skipped[kind] == 1
         if first:
-            self._queue.append("", partial(self._log_malformed, error))
+            self._queue.append("", partial(self._log_skipped, kind, error))
 
-    def _log_malformed(self, error: str) -> None:
+    def _log_skipped(self, kind: type[MalformedEvent], error: str) -> None:
         with self._lock:
-            events, self._malformed = self._malformed, 0
-        self._log.warning("event_malformed", error=error, events=events)
+            events = self._skipped.pop(kind)
+        if kind is UnknownEvent:
+            self._log.debug("event_ignored", error=error, events=events)
+        else:
+            self._log.warning("event_malformed", error=error, events=events)
 
     def _queue_exit(self, container: Container, process: Process | None, info: EventInfo) -> None:
         self._queue.append(container.id, partial(self._deliver_exit, container, process, info))

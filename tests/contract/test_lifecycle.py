@@ -47,6 +47,7 @@ def test_version_and_server(client: Client, services: Services) -> None:
 
 
 def test_from_create_to_delete(client: Client, services: Services, backend: RecordingBackend) -> None:
+    """Fidelity 3, 23 to 26, 42, 43; DESIGN 5, wait: also after all is deleted."""
     collected = Collected()
     before = datetime.now(UTC) - timedelta(seconds=1)
     client.create("c", services.spec(*programs.SPEAK), labels={"a": "b"})
@@ -75,6 +76,7 @@ def test_from_create_to_delete(client: Client, services: Services, backend: Reco
 
 
 def test_a_container_is_started_again_after_its_task(client: Client, services: Services) -> None:
+    """Fidelity 20."""
     client.create("c", services.spec(*programs.SPEAK))
     pids = set()
     for _ in range(3):
@@ -86,6 +88,7 @@ def test_a_container_is_started_again_after_its_task(client: Client, services: S
 
 
 def test_the_states_that_status_tells(client: Client, services: Services, backend: RecordingBackend) -> None:
+    """Fidelity 16, 40, 44."""
     client.create("c", services.spec())
     with pytest.raises(NotFoundError):
         client.status("c")
@@ -116,6 +119,7 @@ def test_the_states_that_status_tells(client: Client, services: Services, backen
 
 
 def test_a_frozen_container_can_be_killed(client: Client, services: Services) -> None:
+    """Fidelity 37."""
     start(client, services, "c")
     client.pause("c")
 
@@ -125,6 +129,7 @@ def test_a_frozen_container_can_be_killed(client: Client, services: Services) ->
 
 
 def test_a_signal_that_is_caught(client: Client, services: Services) -> None:
+    """Fidelity 37."""
     collected = Collected()
     client.create("c", services.spec(*programs.OBEY))
     client.start("c", attach_stdio=collected)
@@ -136,6 +141,7 @@ def test_a_signal_that_is_caught(client: Client, services: Services) -> None:
 
 
 def test_of_two_creates_one_wins(client: Client, services: Services) -> None:
+    """Fidelity 23; DESIGN 5, create."""
     begin = threading.Barrier(4)
 
     def create(_: int) -> LibcontainerdError | None:
@@ -155,6 +161,7 @@ def test_of_two_creates_one_wins(client: Client, services: Services) -> None:
 
 
 def test_of_two_starts_one_wins(client: Client, services: Services) -> None:
+    """Fidelity 24; DESIGN 5, start."""
     client.create("c", services.spec())
     begin = threading.Barrier(3)
 
@@ -176,6 +183,7 @@ def test_of_two_starts_one_wins(client: Client, services: Services) -> None:
 
 
 def test_a_task_keeps_its_container(client: Client, services: Services) -> None:
+    """Fidelity 42, 43; DESIGN 5, delete."""
     start(client, services, "c")
 
     with pytest.raises(FailedPreconditionError):
@@ -187,6 +195,7 @@ def test_a_task_keeps_its_container(client: Client, services: Services) -> None:
 
 
 def test_a_program_that_is_missing_leaves_nothing(client: Client, services: Services) -> None:
+    """Fidelity 26, 29, 36; DESIGN 5: a verb that fails leaves nothing behind."""
     client.create("c", services.spec(*programs.MISSING))
     start(client, services, "d")
 
@@ -202,6 +211,7 @@ def test_a_program_that_is_missing_leaves_nothing(client: Client, services: Serv
 
 
 def test_an_exec(client: Client, services: Services, backend: RecordingBackend) -> None:
+    """Fidelity 12, 34; DESIGN 6.5."""
     init = start(client, services, "c")
     collected = Collected()
 
@@ -220,6 +230,7 @@ def test_an_exec(client: Client, services: Services, backend: RecordingBackend) 
 
 
 def test_pids_and_summary(client: Client, services: Services) -> None:
+    """Fidelity 40."""
     init = start(client, services, "c")
     exec_pid = client.exec("c", "e", process_document())
 
@@ -230,6 +241,7 @@ def test_pids_and_summary(client: Client, services: Services) -> None:
 def test_the_end_of_init_ends_its_execs(
     client: Client, services: Services, backend: RecordingBackend
 ) -> None:
+    """Fidelity 1, 2; DESIGN 6.3."""
     start(client, services, "c")
     client.exec("c", "e", process_document())
 
@@ -242,6 +254,7 @@ def test_the_end_of_init_ends_its_execs(
 
 
 def test_names_that_are_unknown(client: Client, services: Services) -> None:
+    """Fidelity 24, 34, 37, 38, 43, 44."""
     client.create("made", services.spec())
     start(client, services, "c")
 
@@ -263,6 +276,7 @@ def test_names_that_are_unknown(client: Client, services: Services) -> None:
 
 
 def test_what_has_ended_cannot_be_signalled(client: Client, services: Services) -> None:
+    """Fidelity 37; DESIGN 5, signal_process."""
     start(client, services, "c", *programs.TRUE)
     client.wait("c")
 

@@ -54,6 +54,7 @@ def publish(services: Services, topic: str, event: Any) -> None:
 def test_events_name_init_by_its_container(
     client: Client, services: Services, backend: RecordingBackend
 ) -> None:
+    """Fidelity 1, 2, 4, 18: in events, init goes by its container's id and an exec by its own."""
     client.create("c", services.spec())
     pid = client.start("c")
     exec_pid = client.exec("c", "e", process_document(*programs.SPEAK))
@@ -81,6 +82,7 @@ def test_events_name_init_by_its_container(
 def test_out_of_memory_is_remembered_until_the_next_task(
     client: Client, services: Services, backend: RecordingBackend
 ) -> None:
+    """Fidelity 5, 17, and DESIGN 6.6, which ends it with the task."""
     client.create("c", services.spec())
     client.start("c")
     publish(services, "/tasks/oom", typeurl.pack(TaskOOM(container_id="c")))
@@ -100,6 +102,7 @@ def test_out_of_memory_is_remembered_until_the_next_task(
 def test_events_that_make_no_sense_are_skipped(
     client: Client, services: Services, backend: RecordingBackend
 ) -> None:
+    """Fidelity 7; DESIGN 6.8."""
     client.create("c", services.spec())
     client.start("c")
     broken = Any(type_url="containerd.events.TaskExit", value=b"\xff\xff\xff")
@@ -120,6 +123,7 @@ def test_events_that_make_no_sense_are_skipped(
 
 
 def test_a_backend_that_blocks_delays_its_own_container_only(connect: Connect, services: Services) -> None:
+    """Fidelity 10; DESIGN 6.1."""
     go, blocked = threading.Event(), threading.Event()
     seen = RecordingBackend()
 
@@ -147,6 +151,7 @@ def test_a_backend_that_blocks_delays_its_own_container_only(connect: Connect, s
 
 
 def test_a_backend_may_do_everything_from_inside(connect: Connect, services: Services) -> None:
+    """Fidelity 11, 13, 19, 20."""
     runs: list[int] = []
     over = threading.Event()
 
@@ -170,6 +175,7 @@ def test_a_backend_may_do_everything_from_inside(connect: Connect, services: Ser
 
 
 def test_a_backend_that_raises_gets_the_next_event(connect: Connect, services: Services) -> None:
+    """Fidelity 9; DESIGN 6.4."""
     seen = RecordingBackend()
 
     def take(container_id: str, event: EventType, info: EventInfo) -> None:
@@ -188,6 +194,7 @@ def test_a_backend_that_raises_gets_the_next_event(connect: Connect, services: S
 
 
 def test_an_exit_is_told_to_all_who_wait(client: Client, services: Services) -> None:
+    """DESIGN 5, wait."""
     client.create("c", services.spec())
     client.start("c")
     with ThreadPoolExecutor(8) as pool:
@@ -204,6 +211,7 @@ def test_an_exit_is_told_to_all_who_wait(client: Client, services: Services) -> 
 def test_the_bundle_stays_where_that_is_asked_for(
     client: Client, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fidelity 43."""
     client.create("c", services.spec())
     bundle = bundle_of(services, "c")
     monkeypatch.setenv("LIBCONTAINERD_NOCLEAN", "1")
@@ -215,6 +223,7 @@ def test_the_bundle_stays_where_that_is_asked_for(
 
 
 def test_replace_clears_what_is_stale(client: Client, services: Services) -> None:
+    """DESIGN 4, replace."""
     services.run("c")
 
     client.replace("c", services.spec(*programs.SPEAK))
@@ -224,6 +233,7 @@ def test_replace_clears_what_is_stale(client: Client, services: Services) -> Non
 
 
 def test_containers_outlive_their_client(connect: Connect, services: Services) -> None:
+    """DESIGN 4, close."""
     client = connect(CallbackBackend(lambda *_: None))
     client.create("c", services.spec())
     pid = client.start("c", attach_stdio=Collected())
@@ -237,6 +247,7 @@ def test_containers_outlive_their_client(connect: Connect, services: Services) -
 
 
 def test_what_another_hand_has_deleted_is_not_found(client: Client, services: Services) -> None:
+    """Fidelity 42, 44."""
     client.create("c", services.spec(*programs.TRUE))
     client.start("c")
     client.wait("c")
@@ -252,6 +263,7 @@ def test_what_another_hand_has_deleted_is_not_found(client: Client, services: Se
 
 
 def test_a_write_right_after_the_start_is_never_too_early(client: Client, services: Services) -> None:
+    """Fidelity 35; DESIGN 5, stdin."""
     client.create("c", services.spec())
     client.start("c")
     for number in range(5):
@@ -268,6 +280,7 @@ def test_a_write_right_after_the_start_is_never_too_early(client: Client, servic
 def test_a_write_after_the_end_is_a_broken_pipe(
     client: Client, services: Services, backend: RecordingBackend
 ) -> None:
+    """DESIGN 5, stdin."""
     collected = Collected()
     client.create("c", services.spec())
     client.start("c", with_stdin=True, attach_stdio=collected)
@@ -286,6 +299,7 @@ def test_a_write_after_the_end_is_a_broken_pipe(
 
 
 def test_cancelling_wakes_a_reader(client: Client, services: Services) -> None:
+    """Fidelity 50; DESIGN 7."""
     taken: list[cio.DirectIO] = []
 
     def attach(dio: cio.DirectIO) -> cio.IO:
@@ -303,6 +317,8 @@ def test_cancelling_wakes_a_reader(client: Client, services: Services) -> None:
 
 
 def test_an_attach_that_fails_leaves_nothing(client: Client, services: Services) -> None:
+    """Fidelity 46; DESIGN 7."""
+
     def attach(_: cio.DirectIO) -> cio.IO:
         raise RuntimeError("no")
 

@@ -15,6 +15,7 @@ from tests.integration.containers import Collected, wait_until
 
 
 def test_input_comes_out_again(client: Client, services: Services) -> None:
+    """Fidelity 53."""
     data = os.urandom(200_000)
     collected = Collected(data)
     client.create("c", services.spec(*programs.CAT))
@@ -26,6 +27,7 @@ def test_input_comes_out_again(client: Client, services: Services) -> None:
 
 
 def test_a_conversation(client: Client, services: Services) -> None:
+    """Fidelity 40, 48, 53."""
     collected = Collected()
     client.create("c", services.spec(*programs.CAT))
     client.start("c", with_stdin=True, attach_stdio=collected)
@@ -39,6 +41,7 @@ def test_a_conversation(client: Client, services: Services) -> None:
 
 
 def test_an_execs_input_and_its_end(client: Client, services: Services) -> None:
+    """Fidelity 35, 48."""
     client.create("c", services.spec())
     client.start("c")
     collected = Collected(b"x" * 70_000)
@@ -50,6 +53,7 @@ def test_an_execs_input_and_its_end(client: Client, services: Services) -> None:
 
 
 def test_stdin_that_is_closed_before_the_process_is_there(client: Client, services: Services) -> None:
+    """Fidelity 48, 54; DESIGN 5, stdin."""
     collected = Collected()
 
     def attach(dio: cio.DirectIO) -> cio.IO:
@@ -66,6 +70,7 @@ def test_stdin_that_is_closed_before_the_process_is_there(client: Client, servic
 
 
 def test_a_process_without_stdin_reads_nothing(client: Client, services: Services) -> None:
+    """Fidelity 47."""
     collected = Collected()
     client.create("c", services.spec(*programs.COUNT))
     client.start("c", attach_stdio=collected)
@@ -76,6 +81,7 @@ def test_a_process_without_stdin_reads_nothing(client: Client, services: Service
 
 
 def test_a_flood_arrives_whole(client: Client, services: Services) -> None:
+    """DESIGN 5, delete_task: output written before the exit has come."""
     collected = Collected()
     client.create("c", services.spec(*programs.FLOOD))
     client.start("c", attach_stdio=collected)
@@ -86,6 +92,7 @@ def test_a_flood_arrives_whole(client: Client, services: Services) -> None:
 
 
 def test_who_does_not_read_holds_the_process_up(client: Client, services: Services) -> None:
+    """DESIGN 7."""
     taken: list[cio.DirectIO] = []
 
     def attach(dio: cio.DirectIO) -> cio.IO:
@@ -110,6 +117,7 @@ def test_who_does_not_read_holds_the_process_up(client: Client, services: Servic
 
 
 def test_output_to_nowhere(client: Client, services: Services) -> None:
+    """DESIGN 7."""
     client.create("c", services.spec(*programs.FLOOD))
     client.start("c")
 
@@ -117,6 +125,7 @@ def test_output_to_nowhere(client: Client, services: Services) -> None:
 
 
 def test_output_to_a_file(client: Client, services: Services, tmp_path: Path) -> None:
+    """DESIGN 7."""
     log = tmp_path / "log"
     client.create("c", services.spec(*programs.SPEAK))
     client.start("c", attach_stdio=cio.log_file(log))
@@ -127,6 +136,7 @@ def test_output_to_a_file(client: Client, services: Services, tmp_path: Path) ->
 
 
 def test_a_terminal(client: Client, services: Services) -> None:
+    """Fidelity 25, 27."""
     collected = Collected()
     client.create("c", services.spec(*programs.TERMINAL, terminal=True))
     client.start("c", with_stdin=True, attach_stdio=collected)
@@ -140,6 +150,7 @@ def test_a_terminal(client: Client, services: Services) -> None:
 
 
 def test_a_terminals_size(client: Client, services: Services) -> None:
+    """Fidelity 39."""
     collected = Collected()
     client.create("c", services.spec(*programs.SIZE, terminal=True))
     client.start("c", with_stdin=True, attach_stdio=collected)
@@ -181,6 +192,7 @@ wait
 
 
 def test_output_to_a_program(client: Client, services: Services, tmp_path: Path) -> None:
+    """DESIGN 7."""
     logger = tmp_path / "logger"
     logger.write_text(LOGGER)
     logger.chmod(0o755)
@@ -207,6 +219,7 @@ def test_output_to_a_program(client: Client, services: Services, tmp_path: Path)
 
 
 def test_fifos_that_are_told_are_told_again(client: Client, services: Services) -> None:
+    """Fidelity 27."""
     collected = Collected()
     client.create("c", services.spec(*programs.CAT))
     client.start("c", with_stdin=True, attach_stdio=collected)

@@ -102,6 +102,17 @@ def names(services: Services) -> Said:
             yield s.refused(method, request, namespace=name)
 
 
+def what_is_not_served(services: Services) -> Said:
+    for path in (
+        "containerd.services.nothing.v1.Nothing/Do",
+        "containerd.services.tasks.v1.Tasks/Nothing",
+        "containerd.services.containers.v1.Containers/Nothing",
+        "grpc.health.v1.Health/Nothing",
+    ):
+        method = services.channel.unary_unary(f"/{path}", lambda _: b"", bytes)
+        yield services.refused(method, None)
+
+
 def topics(services: Services) -> Said:
     for topic in ("", "a", "/", "/a/", "//", "/a b", f"/{_LONG_ID}"):
         request = events_pb2.PublishRequest(topic=topic, event=Any(type_url="x"))
@@ -127,7 +138,6 @@ def containers(services: Services) -> Said:
     yield s.refused(s.containers.Create, containers_pb2.CreateContainerRequest(container=taken))
     update = containers_pb2.UpdateContainerRequest
     for request in (
-        update(),
         update(container=made(id="d")),
         update(container=made(id="c")),
         update(container=made(id="c"), update_mask=FieldMask(paths=["runtime"])),
@@ -479,6 +489,7 @@ def spaces(services: Services) -> Said:
 SITUATIONS: tuple[Callable[[Services], Said], ...] = (
     filters,
     names,
+    what_is_not_served,
     topics,
     containers,
     tasks_that_are_not_there,

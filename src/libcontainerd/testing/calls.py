@@ -227,13 +227,29 @@ _Behaviour = Callable[[object, grpc.ServicerContext], object]
 
 
 class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make it generic, grpcio does not
-    """Stands before every service."""
+    """Stands before every service.
 
-    def __init__(self, log: CallLog, faults: Faults, stopping: Callable[[], bool], release: Release) -> None:
+    Args:
+        log: The record of calls.
+        faults: What is done to some of them.
+        stopping: Says whether the server is going away.
+        release: The containerd in whose words it refuses.
+        served: The services that there are, by their full names.
+    """
+
+    def __init__(
+        self,
+        log: CallLog,
+        faults: Faults,
+        stopping: Callable[[], bool],
+        release: Release,
+        served: frozenset[str],
+    ) -> None:
         self._log = log
         self._faults = faults
         self._stopping = stopping
         self._release = release
+        self._served = served
 
     def intercept_service(
         self,
@@ -265,7 +281,8 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg] # grpc-stubs make 
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:  # noqa: ARG001 - gRPC's form
             call = Call(name, namespace_in(context), None)
             self._log.begin(call)
-            text = f"unknown method {method} for service {service}"
+            known = service in self._served
+            text = f"unknown method {method} for service {service}" if known else f"unknown service {service}"
             self._log.end(call, "UNIMPLEMENTED", text)
             context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
 

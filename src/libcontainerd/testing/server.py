@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 # A thread per call under way, made when it is needed: each Wait and each subscription takes one for as long as it lasts.
 _MOST_CALLS: Final = 2000
+_HEALTH: Final = "grpc.health.v1.Health"
 _GRACE_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 16 << 20
@@ -183,16 +184,6 @@ class FakeContainerd:
         if snapshots is None:
             raise NotFoundError("this FakeContainerd was stopped")
         self._stopping = False
-        executor = ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="fake-containerd")
-        server = grpc.server(
-            executor,
-            interceptors=[Gate(self.calls, self._faults, lambda: self._stopping, self._release)],
-            options=(
-                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-                ("grpc.max_send_message_length", _MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-            ),
-        )
         services = (
             Containers(self._store, self._exchange),
             Events(self._exchange),
@@ -204,6 +195,17 @@ class FakeContainerd:
             self._content,
             snapshots,
             tasks,
+        )
+        served = frozenset([_HEALTH, *(each.service.name for each in services)])
+        executor = ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="fake-containerd")
+        server = grpc.server(
+            executor,
+            interceptors=[Gate(self.calls, self._faults, lambda: self._stopping, self._release, served)],
+            options=(
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ),
         )
         server.add_generic_rpc_handlers(tuple(service.generic_handler() for service in services))
         health_pb2_grpc.add_HealthServicer_to_server(Health(), server)

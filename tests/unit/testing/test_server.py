@@ -276,6 +276,29 @@ def test_what_is_not_served_says_so(fake: FakeContainerd, channel: grpc.Channel)
     assert {call.method for call in fake.calls.all() if call.code == "UNIMPLEMENTED"} >= UNSERVED
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "diff.v1.Diff/Apply",
+        "diff.v1.Diff/Diff",
+        "transfer.v1.Transfer/Transfer",
+        "streaming.v1.Streaming/Stream",
+        "sandbox.v1.Controller/Create",
+        "sandbox.v1.Store/Create",
+    ],
+)
+def test_services_that_are_not_there(fake: FakeContainerd, channel: grpc.Channel, method: str) -> None:
+    service = f"containerd.services.{method.partition('/')[0]}"
+    call = channel.unary_unary(f"/containerd.services.{method}", lambda _: b"", bytes)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        call(None, metadata=METADATA, timeout=10)
+
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.details() == f"unknown service {service}"
+    assert fake.calls.all()[-1].code == "UNIMPLEMENTED"
+
+
 # ----------------------------------------------------------------------------------------------------------- its record
 
 

@@ -74,8 +74,9 @@ def say(program: Path, server: Server, rootfs: Path, fifos: Path) -> list[str]:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
-    # runc 1.3 says more than the 1.1 before it.
-    return ran.stdout.replace("error during container init: ", "").splitlines()
+    # runc 1.3 says more than the 1.1 before it; and of 2.1 the event of a task's deletion comes late now and then, or never.
+    told = ran.stdout.replace("error during container init: ", "").splitlines()
+    return [line for line in told if line != "event /tasks/delete" or " 1." in server.name]
 
 
 @pytest.mark.real

@@ -196,8 +196,11 @@ def progress(text: str) -> None:
 
 @contextmanager
 def containerd() -> Iterator[tuple[str, Path]]:
-    """A private containerd's address, and a directory beside it."""
-    directory = Path(tempfile.mkdtemp(prefix="lcb-"))
+    """A private containerd's address, and a directory beside it.
+
+    Below /run, where such state belongs: to make a FIFO can cost twenty times as much in a directory that many share.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="lcb-", dir="/run"))
     directory.chmod(0o755)
     try:
         with Remote.start(directory / "root", directory / "run", log_level="error") as remote:

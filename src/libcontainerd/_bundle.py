@@ -174,7 +174,11 @@ class Bundle:
         if os.environ.get("LIBCONTAINERD_NOCLEAN") == "1":
             return
         try:
-            shutil.rmtree(self.path)
+            # It is empty, unless something went wrong or FIFOs were left to their owners; to look costs more than to try.
+            try:
+                os.rmdir(self.path)
+            except OSError:
+                shutil.rmtree(self.path)
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -84,12 +84,14 @@ class Creator:
         first: Callable[[Container, str, Deadline], None] | None = None,
     ) -> None:
         """Create a container; do something first with what is there, before any verb can find it."""
-        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who make containers
+        # pydantic's 80 ms are for those who make containers
+        from libcontainerd import oci  # noqa: PLC0415
+        from libcontainerd.oci._document import checked_spec  # noqa: PLC0415
 
         doing = f"create container {container_id!r}"
         check_identifier("container id", container_id)
         options = options_for(runtime or self._runtime, runtime_options, self._runtime_options)
-        model = with_own_cgroup(oci.parse_spec(spec), self._connection.namespace, container_id, options)
+        model = with_own_cgroup(checked_spec(spec), self._connection.namespace, container_id, options)
         document = oci.dump(model)
         facts = SpecFacts(
             terminal=bool(model.process is not None and model.process.terminal),

@@ -50,7 +50,7 @@ def options_for(
 
 
 def with_own_cgroup(spec: oci.Spec, namespace: str, container_id: str, options: Options | None) -> oci.Spec:
-    """Give a spec that names no cgroup one of its own; the spec is changed.
+    """Give a spec that names no cgroup one of its own: in a copy, which shares the rest with the spec.
 
     runc would name it by the container's id alone, and containers of one id in two namespaces would share it: their limits,
     and being paused. An empty path in the spec asks for just that; who is not root has no cgroup to give; and systemd has
@@ -59,7 +59,8 @@ def with_own_cgroup(spec: oci.Spec, namespace: str, container_id: str, options: 
     systemd = options is not None and options.systemd_cgroup
     if spec.linux is not None and spec.linux.cgroups_path is None and not systemd and os.geteuid() == 0:
         # No directory of the namespace's, as ctr makes one: nobody would remove it.
-        spec.linux.cgroups_path = f"/{container_id}@{namespace}"
+        linux = spec.linux.model_copy(update={"cgroups_path": f"/{container_id}@{namespace}"})
+        return spec.model_copy(update={"linux": linux})
     return spec
 
 

@@ -91,12 +91,14 @@ class Starter:
         deadline: Deadline,
     ) -> int:
         """Start a further process in a running container; its pid."""
-        from libcontainerd import oci  # noqa: PLC0415 - pydantic's 80 ms are for those who start execs
+        # pydantic's 80 ms are for those who start execs
+        from libcontainerd import oci  # noqa: PLC0415
+        from libcontainerd.oci._document import checked_process  # noqa: PLC0415
 
         check_identifier("exec id", process_id)
         if process_id in (INIT_PROCESS_NAME, container_id):
             raise InvalidParameterError(f"exec id {process_id!r} is what the init process is called")
-        model = oci.parse_process(process)
+        model = checked_process(process)
         document = oci.dump(model)
         terminal = bool(model.terminal)
         doing = f"exec {process_id!r} in container {container_id!r}"

@@ -295,6 +295,7 @@ def test_noclean_keeps_it(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_removal_that_fails_is_logged(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.prepare(str(state), "web", ROOT)
+    Path(bundle.path, "left").touch()
 
     def refuse(path: str) -> None:
         raise OSError(16, "Device or resource busy", path)

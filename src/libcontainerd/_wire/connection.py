@@ -31,6 +31,7 @@ from libcontainerd.errors import (
     InvalidParameterError,
     LibcontainerdError,
     PermissionDeniedError,
+    SystemFailureError,
     UnavailableError,
     translate,
 )
@@ -78,6 +79,10 @@ class UnsentCancelledError(CallCancelledError, NotSentError):
 
 class UnsentTooLateError(DeadlineExceededError, NotSentError):
     """The deadline had passed before."""
+
+
+class UnsentFailureError(SystemFailureError, NotSentError):
+    """This program lacks what it takes to make a call."""
 
 
 class Deadline:

@@ -10,17 +10,29 @@ the call's end.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import grpc
 
-from libcontainerd._wire.connection import Deadline, UnsentCancelledError, UnsentTooLateError, open_channel
+from libcontainerd._wire.callers import Callers, UnderWay
+from libcontainerd._wire.connection import (
+    Deadline,
+    UnsentCancelledError,
+    UnsentFailureError,
+    UnsentTooLateError,
+    open_channel,
+)
 from libcontainerd._wire.pb.services.containers_pb2 import ContainersStub
 from libcontainerd._wire.pb.services.tasks_pb2 import TasksStub
-from libcontainerd.errors import CallCancelledError, DeadlineExceededError, translate
+from libcontainerd.errors import (
+    CallCancelledError,
+    DeadlineExceededError,
+    SystemFailureError,
+    translate,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Self
 
     from libcontainerd._wire.connection import Address, Metadata
@@ -32,18 +44,21 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class _UnderWay(Protocol):
-    def add_done_callback(self, callback: Callable[[object], None], /) -> None: ...
-    def cancel(self) -> bool: ...
-
-
 class _Channel:
     """The channel with its stubs. Making them takes a millisecond, so they are made once."""
 
     def __init__(self, address: Address, credentials: grpc.ChannelCredentials | None) -> None:
         self._channel = open_channel(address, credentials)
-        self.containers = ContainersStub(self._channel)
-        self.tasks = TasksStub(self._channel)
+        self.containers = ContainersStub(cast("grpc.Channel", self))
+        self.tasks = TasksStub(cast("grpc.Channel", self))
+
+    def unary_unary(self, *args: object, **kwargs: object) -> object:
+        """What the stubs make their methods of: here a stream of one answer, which can be cancelled while it is waited for."""
+        return self._channel.unary_stream(*args, **kwargs)  # type: ignore[arg-type] # handed on as they came
+
+    def unary_stream(self, *args: object, **kwargs: object) -> object:
+        """What a stream is made of; nobody here calls one."""
+        return self._channel.unary_stream(*args, **kwargs)  # type: ignore[arg-type] # likewise
 
     def close(self) -> None:
         self._channel.close()
@@ -64,8 +79,9 @@ class Shelter:
         self._lock = threading.Lock()  # guards the four below; innermost, nothing is called while it is held
         self._channel: _Channel | None = None
         self._guests = 0
-        self._waiting: set[threading.Event] = set()
+        self._waiting: set[UnderWay[object]] = set()
         self._closed = False
+        self._callers = Callers()
 
     @property
     def closed(self) -> bool:
@@ -104,17 +120,25 @@ class Shelter:
         if channel is not None:
             channel.close()
 
-    def wait(self, done: threading.Event, seconds: float) -> None:
+    def make(self, call: UnderWay[_Response]) -> None:
+        """Have a call made, on a thread of its own.
+
+        Raises:
+            RuntimeError: no thread can be had.
+        """
+        self._callers.make(call)
+
+    def wait(self, call: UnderWay[_Response], seconds: float) -> None:
         """Wait for the end of a call, or until the time is up or `close` is called."""
         with self._lock:
             if self._closed:
                 return
-            self._waiting.add(done)
+            self._waiting.add(call)
         try:
-            done.wait(min(seconds, threading.TIMEOUT_MAX))
+            call.wait(seconds)
         finally:
             with self._lock:
-                self._waiting.discard(done)
+                self._waiting.discard(call)
 
     def close(self) -> None:
         """Let nobody in any more, and nobody wait; calls under way go on. Idempotent."""
@@ -124,8 +148,9 @@ class Shelter:
             self._closed = True
             waiting = list(self._waiting)
             channel = self._channel if not self._guests else None
-        for done in waiting:
-            done.set()
+        for call in waiting:
+            call.wake()
+        self._callers.close()
         if channel is not None:
             channel.close()
 
@@ -144,7 +169,7 @@ class Lease:
         self.containers = channel.containers
         self.tasks = channel.tasks
         self.namespace = shelter.metadata[0][1]
-        self._under_way: _UnderWay | None = None
+        self._under_way: UnderWay[object] | None = None
         self._cleaning_up = False
 
     def __enter__(self) -> Self:
@@ -154,7 +179,7 @@ class Lease:
         if self._under_way is None:
             self._shelter.leave()
         else:  # nobody waits for it any more, but the channel stays until it is over
-            self._under_way.add_done_callback(lambda _: self._shelter.leave())
+            self._under_way.when_over(self._shelter.leave)
 
     def call(
         self,
@@ -175,27 +200,34 @@ class Lease:
         remaining = deadline.grpc_timeout()
         if remaining is not None and remaining <= 0:
             raise UnsentTooLateError(f"cannot {doing}: the deadline has passed")
-        done = threading.Event()
-        call = method.future(
-            request,
-            timeout=None if remaining is None else remaining + CLEAN_UP_SECONDS,
-            metadata=self._shelter.metadata,
-            wait_for_ready=self._cleaning_up,
+        call: UnderWay[_Response] = UnderWay(
+            partial(
+                # What the stubs of this channel have are streams.
+                cast("grpc.UnaryStreamMultiCallable[_Request, _Response]", method),
+                request,
+                timeout=None if remaining is None else remaining + CLEAN_UP_SECONDS,
+                metadata=self._shelter.metadata,
+                wait_for_ready=self._cleaning_up,
+            )
         )
-        self._under_way = cast("_UnderWay", call)
-        call.add_done_callback(lambda _: done.set())
+        try:
+            self._shelter.make(call)
+        except RuntimeError as error:
+            raise UnsentFailureError(f"cannot {doing}: {error}") from error
+        self._under_way = call
         if self._cleaning_up:
-            done.wait(min(deadline.remaining(), threading.TIMEOUT_MAX))
+            _wait(call, deadline)
         else:
-            self._shelter.wait(done, deadline.remaining())
-        if call.done():
+            self._shelter.wait(call, deadline.remaining())
+        if call.over:
             self._under_way = None
-            # A call that failed is its own exception. Its `result` raises it, and its traceback would then hold this frame
-            # and all before it until the collector comes, with whatever the caller has in hand.
-            failure = call.exception()
-            if failure is None:
-                return call.result()
-            raise translate(cast("grpc.RpcError", failure), doing) from failure
+            if isinstance(call.failure, grpc.RpcError):
+                raise translate(call.failure, doing) from call.failure
+            if call.failure is not None:
+                raise call.failure
+            if call.answer is None:
+                raise SystemFailureError(f"cannot {doing}: containerd gave no answer")
+            return call.answer
         if deadline.remaining() > 0:
             raise CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
         raise DeadlineExceededError(f"cannot {doing}: containerd has not answered in time")
@@ -206,7 +238,12 @@ class Lease:
         call, self._under_way = self._under_way, None
         if call is None:
             return
-        done = threading.Event()
-        call.add_done_callback(lambda _: done.set())
-        if not done.wait(min(deadline.remaining(), threading.TIMEOUT_MAX)):
+        _wait(call, deadline)
+        if not call.over:
             call.cancel()
+
+
+def _wait(call: UnderWay[_Response], deadline: Deadline) -> None:
+    """Wait for a call's end, whoever else is to be woken meanwhile."""
+    while not call.over and deadline.remaining() > 0:
+        call.wait(deadline.remaining())

@@ -15,6 +15,7 @@ import pytest
 from libcontainerd import oci
 from libcontainerd.errors import InvalidParameterError
 from libcontainerd.oci._base import MAX_DEPTH
+from libcontainerd.oci._document import checked_process, checked_spec
 
 _PARSERS = {
     "spec": oci.parse_spec,
@@ -336,6 +337,7 @@ _CROWD = """
 import sys, threading
 sys.setswitchinterval(1e-5)
 from libcontainerd import oci
+from libcontainerd.oci._document import checked_process, checked_spec
 uses = [
     oci.default_spec,
     lambda: oci.parse_spec("{}"),
@@ -374,3 +376,48 @@ def test_other_platforms_cost_nothing_until_they_are_met() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------- a spec that is used again
+
+
+def test_a_spec_that_was_accepted_is_given_back_itself() -> None:
+    spec = oci.build(oci.default_spec(), oci.with_hostname("used-again"))
+    first = checked_spec(spec)
+    assert first == spec
+    assert first is not spec
+    assert checked_spec(spec) is spec
+    assert checked_spec(oci.to_mapping(spec)) == spec
+
+
+def test_a_spec_that_was_changed_since_is_checked_again() -> None:
+    spec = oci.build(oci.default_spec(), oci.with_args("true", "once"))
+    checked_spec(spec)
+    assert checked_spec(spec) is spec
+    assert spec.process is not None
+    assert spec.process.args is not None
+    spec.process.args.append("more")
+    assert checked_spec(spec) is not spec
+    spec.process.args.append(5)  # type: ignore[arg-type] # what is checked for
+    with pytest.raises(InvalidParameterError, match=r"process.args\[3\] must be a string"):
+        checked_spec(spec)
+
+
+def test_a_width_that_only_a_check_finds_is_found_although_the_spec_can_be_written() -> None:
+    process = oci.Process(
+        args=["true"], cwd="/", rlimits=[oci.POSIXRlimit(type="RLIMIT_CPU", soft=1, hard=1)]
+    )
+    checked_process(process)
+    assert checked_process(process) is process
+    assert process.rlimits is not None
+    process.rlimits.append(oci.POSIXRlimit.model_construct(type="RLIMIT_CPU", soft=-1, hard=1))
+    with pytest.raises(InvalidParameterError, match="at least 0"):
+        checked_process(process)
+
+
+def test_a_process_and_a_spec_of_one_text_are_not_taken_for_each_other() -> None:
+    spec, process = oci.Spec(), oci.Process()
+    checked_spec(spec)
+    assert checked_spec(spec) is spec
+    first = checked_process(process)
+    assert first is not process

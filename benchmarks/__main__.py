@@ -100,7 +100,7 @@ class Bench:
         for measure, (peers, request) in MEASURES.items():
             for name in _rotated(peers, number):
                 if self._wanted(number, measure, name):
-                    self._samples.add(number, measure, name, self._peers[name].ask(dict(request)))
+                    self._samples.add(number, measure, name, _per_gib(self._peers[name].ask(dict(request))))
         for name in _rotated(TALKING, number):
             if self._wanted(number, "first_reply", name):
                 self._samples.add(number, "first_reply", name, self._first_reply(name))
@@ -169,6 +169,15 @@ class Bench:
         shutil.copy(self._directory / "library" / "spec.json", directory)
         scale.measure_real(self._samples, self._address, directory, progress)
         _remove_runc_directory(directory.name)
+
+
+def _per_gib(answer: dict[str, float]) -> dict[str, float]:
+    """What was measured of a GiB, where it was measured of another amount."""
+    if "bytes" not in answer:
+        return answer
+    if answer["bytes"] != STDOUT_BYTES:
+        raise RuntimeError(f"of {STDOUT_BYTES} bytes came {answer['bytes']}")
+    return {name: answer[name] / STDOUT_BYTES * (1 << 30) for name in ("wall", "cpu")}
 
 
 def _rotated(names: tuple[str, ...], by: int) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import cast
 
+from benchmarks import logs
 from libcontainerd._wire.pb.events import task_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Timestamp
 from libcontainerd.testing import FakeContainerd
@@ -32,6 +33,7 @@ def publish(fake: FakeContainerd, namespace: str, count: int, containers: int, f
 
 def main() -> None:
     """Serve until the end of the input."""
+    logs.to_stderr()
     with FakeContainerd() as fake:
         print(json.dumps({"address": fake.address, "state_dir": fake.state_dir}), flush=True)
         published = 0

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import logs
 from benchmarks.protocol import WRITER, serve
 from libcontainerd import Client, EventInfo, EventType, cio, oci
 
@@ -126,4 +127,5 @@ class Library:
 
 
 if __name__ == "__main__":
+    logs.to_stderr()
     serve(Library)

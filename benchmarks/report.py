@@ -209,8 +209,6 @@ def scaled(samples: Samples, kind: str) -> str:
         ("descriptors", "descriptors", 1.0),
         ("memory for each further container, KiB", "bytes_each", 1 / 1024),
         ("idle, ms of CPU per s", "idle_cpu", 1e3),
-        ("restore_all, s", "restore_wall", 1.0),
-        ("restore_all, calls", "restore_calls", 1.0),
     ]
     for name, key, factor in rows:
         found = samples.of(kind, "library", key)
@@ -237,6 +235,17 @@ def attached(samples: Samples) -> str:
     )
 
 
+def restored(samples: Samples) -> str:
+    """What it takes to find all of them again."""
+    parts = []
+    for number, told in samples.all_of("restored").items():
+        parts.append(
+            f"`restore_all` of {number:,} containers: {told['restore_wall']:.1f} s (goal 5), {told['restore_calls']:,.0f} calls,"
+            f" {told['alive']:,.0f} found alive."
+        )
+    return "\n".join(parts)
+
+
 def text(samples: Samples) -> str:
     """All of it, in Markdown."""
     about = samples.about
@@ -254,6 +263,7 @@ def text(samples: Samples) -> str:
         scaled(samples, "scale_real") and "On containerd:",
         scaled(samples, "scale_real"),
         attached(samples),
+        restored(samples),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -281,7 +291,7 @@ def summary(samples: Samples) -> dict[str, object]:
             }
             for row in ROWS
         ],
-        "scale": {kind: samples.all_of(kind) for kind in ("scale", "scale_real", "attached")},
+        "scale": {kind: samples.all_of(kind) for kind in ("scale", "scale_real", "attached", "restored")},
     }
 
 

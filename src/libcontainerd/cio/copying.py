@@ -7,7 +7,8 @@ import os
 import select
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from time import sleep
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from libcontainerd.cio.pump import Steps
 
 _T = TypeVar("_T")
+
+_BURST: Final = CHUNK
+"""A stream that gave so much without a pause is busy, and will give more: it is let gather for a moment.
+
+Otherwise whoever reads faster than the shim writes is woken for each 32 KiB.
+"""
+_GATHER_SECONDS: Final = 0.001
+"""In which a shim does not fill a widened FIFO."""
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -36,15 +45,21 @@ def copy_output(stream: OutputStream, sink: Sink, name: str) -> Steps:
             pass
         while not ended:
             yield ((fd, select.EPOLLIN),)
+            burst = 0
             while True:
                 try:
                     with stream.use():
                         data = os.read(fd, CHUNK)
                         ended = not data and stream.at_end()
                 except BlockingIOError:
-                    break
+                    if burst < _BURST or not stream.widen():
+                        break
+                    burst = 0
+                    sleep(_GATHER_SECONDS)
+                    continue
                 if not data:
                     break
+                burst += len(data)
                 yield from _move(stream, data, outlet)
             while not outlet.flush():
                 yield outlet.room()

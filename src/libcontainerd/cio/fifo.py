@@ -39,6 +39,8 @@ _FIFO_MODE: Final = 0o700
 _PATH_MAX: Final = 4096
 _OPEN_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
 
+_WIDE_BYTES: Final = 1 << 20
+
 _READER_WAIT_SECONDS: Final = 10.0
 """How long the end of stdin waits for the shim's reader, which comes some milliseconds after Create or Start."""
 
@@ -281,6 +283,7 @@ class OutputStream(io.RawIOBase):
         self.in_hand = 0
         self.cancelled = False
         self.on_close: Callable[[], None] | None = None
+        self._wide: bool | None = None
 
     @property
     def path(self) -> str:
@@ -351,6 +354,21 @@ class OutputStream(io.RawIOBase):
         if mask & select.POLLIN:
             return False
         return bool(mask & select.POLLHUP)
+
+    def widen(self) -> bool:
+        """Have the FIFO hold a mebibyte instead of 64 KiB, and say whether it does; done at the first call.
+
+        For root alone: a user's pipes may hold 64 MiB in all, and past that each new one holds a page.
+        """
+        if self._wide is None:
+            self._wide = False
+            with suppress(
+                OSError, ValueError
+            ):  # EPERM within a container, ValueError when it was just closed
+                if os.geteuid() == 0:
+                    with self._end.use() as fd:
+                        self._wide = fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _WIDE_BYTES) >= _WIDE_BYTES
+        return self._wide
 
     def note_taken(self, count: int) -> None:
         """Count bytes that were read from the descriptor rather than through this object."""

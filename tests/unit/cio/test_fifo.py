@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import errno
+import fcntl
 import gc
 import itertools
 import os
@@ -469,6 +470,30 @@ def test_it_is_a_raw_binary_readable_stream(output: OutputStream) -> None:
     assert output.readinto(numbers) == 4
     assert list(numbers) == [1]
     assert list(output) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's FIFOs are widened")
+def test_a_fifo_is_widened_once(output: OutputStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fcntl.fcntl(output.fileno(), fcntl.F_GETPIPE_SZ) == PIPE_BYTES
+    assert output.widen()
+    assert fcntl.fcntl(output.fileno(), fcntl.F_GETPIPE_SZ) == 1 << 20
+    monkeypatch.setattr(fifo, "_WIDE_BYTES", 1 << 21)
+    assert output.widen()
+    assert fcntl.fcntl(output.fileno(), fcntl.F_GETPIPE_SZ) == 1 << 20
+
+
+def test_a_fifo_that_cannot_be_widened_stays_as_it_is(
+    output: OutputStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert not output.widen()
+    monkeypatch.undo()
+    assert not output.widen(), "it was asked for once"
+
+
+def test_a_closed_fifo_cannot_be_widened(output: OutputStream) -> None:
+    output.close()
+    assert not output.widen()
 
 
 def test_it_counts_what_was_taken(output: OutputStream) -> None:

@@ -233,6 +233,31 @@ def test_it_does_not_matter_how_the_process_writes(data: bytes, sizes: list[int]
         assert result() == data
 
 
+def test_a_busy_stream_is_let_gather_and_a_quiet_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(copying, "sleep", pauses.append)
+    monkeypatch.setattr(OutputStream, "widen", lambda stream: stream.path.endswith("-stdout"))
+    full = pattern(ends.CHUNK)
+    with Shim(tmp_path) as shim:
+        quiet, busy, narrow = bytearray(), bytearray(), bytearray()
+        with Shim(tmp_path, "other") as other:
+            running = cio.copy(stdout=quiet.extend)(other.dio)
+            other.say(b"a few words").join(DEADLINE)
+            other.say(b"", "stderr").join(DEADLINE)
+            running.wait()
+        assert (bytes(quiet), pauses) == (b"a few words", [])
+        fds = shim.open("stdout"), shim.open("stderr")
+        for fd in fds:  # before anybody reads: the first look finds all of it, and the second nothing
+            write_all(fd, full)
+        running = cio.copy(stdout=busy.extend, stderr=narrow.extend)(shim.dio)
+        eventually(lambda: pauses and bytes(busy) == bytes(narrow) == full, "all that was written")
+        shim.shut(*fds)
+        running.wait()
+        assert pauses == [copying._GATHER_SECONDS]
+
+
 def test_output_that_nobody_wants_is_drained(tmp_path: Path) -> None:
     with Shim(tmp_path) as shim:
         running = cio.copy()(shim.dio)

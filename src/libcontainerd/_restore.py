@@ -167,11 +167,7 @@ class Restorer:
         except ConflictError:  # taken meanwhile
             return None
         undo.callback(one.abandon)
-        try:
-            one.read(message)
-        except BaseException:
-            one.abandon()
-            raise
+        one.read(message)
         return one
 
     def _take_all(
@@ -188,7 +184,7 @@ class Restorer:
                 one.take(task)
                 return one.finish()
             except Exception as error:  # noqa: BLE001 - reported
-                one.abandon()
+                one.abandon()  # now, for the others may need the descriptors
                 return error
 
         asking = [one for one in under_way if one.left]

@@ -345,6 +345,9 @@ def test_a_mapped_container_does_not_get_a_directory_that_is_anothers(state: Pat
     assert tree(state) == [Path(plain.path).name]
 
 
+# ------------------------------------------------------------------------------------------- what earlier clients left
+
+
 def test_what_an_earlier_client_has_made_is_found(state: Path) -> None:
     """Also a mapped root's, whose place depends on what others might enter when it was made."""
     plain = Bundle.prepare(str(state), "plain", (0, 0))
@@ -354,23 +357,89 @@ def test_what_an_earlier_client_has_made_is_found(state: Path) -> None:
     assert mapped.path.endswith(f"/mapped{SUFFIX}")
 
 
+@pytest.mark.parametrize("mapped", [ROOT, MAPPED], ids=["root", "mapped"])
+def test_what_was_prepared_is_found_by_its_label(state: Path, mapped: tuple[int, int]) -> None:
+    made = Bundle.prepare(str(state), "web", mapped)
+    found = Bundle.find(str(state), "web", mapped, made.path)
+    assert (found.path, found.owner) == (made.path, mapped)
+    found.remove()
+    assert not os.path.exists(made.path)
+
+
+def test_without_a_label_it_is_where_root_would_have_it(state: Path) -> None:
+    assert Bundle.find(str(state), "web", ROOT, "").path == f"{state}/web"
+
+
 @pytest.mark.parametrize(
     "label",
     [
         "/",
         "/etc",
+        "web",
         "{state}",
         "{state}/other",
+        "{state}/web/",
         "{state}/web/..",
+        "{state}/../web",
         "{state}/web/../../x",
-        "web",
-        "{state}/web.1.1",
         "\0",
+        "{state}/./web",
+        "{state}/web.1.1",
+        "{state}.1.1/web",
+        "{state}/web/web",
+        "{state}/we\0b",
+        "{state}/web" + "x" * 10_000,
     ],
 )
 def test_a_label_that_leads_elsewhere_is_not_followed(state: Path, label: str) -> None:
-    """Whoever may write labels could have any directory removed with the container."""
     with capture_logs() as logs:
-        found = Bundle.find(str(state), "web", (0, 0), label.format(state=state))
-    assert found.path == str(state / "web")
-    assert [each["event"] for each in logs] == ["bundle_label_ignored"]
+        found = Bundle.find(str(state), "web", MAPPED, label.format(state=state))
+    assert found.path == f"{state}/web"
+    ((event, container, shown),) = [(each["event"], each["container"], each["bundle"]) for each in logs]
+    assert (event, container) == ("bundle_label_ignored", "web")
+    assert len(shown) <= 200
+
+
+def test_a_link_in_the_bundles_place_is_not_followed(state: Path, base: Path) -> None:
+    state.mkdir()
+    (base / "elsewhere").mkdir()
+    (state / f"web{SUFFIX}").symlink_to(base / "elsewhere")
+    with capture_logs():
+        assert Bundle.find(str(state), "web", MAPPED, f"{state}/web{SUFFIX}").path == f"{state}/web"
+
+
+def test_processes_are_told_by_the_names_of_their_files(state: Path) -> None:
+    bundle = Bundle.prepare(str(state), "web", ROOT)
+    assert bundle.left_behind() == {}
+    names = [
+        "init-stdin",
+        "init-stdout",
+        "a-exec-exec",
+        "a-exec",
+        "a.b-stdout-stderr",
+        "b",
+        "-exec",
+        "x_-stdout",
+    ]
+    for name in (*names, "y" * 77 + "-exec", "c\n-exec"):
+        Path(bundle.path, name).touch()
+    assert bundle.left_behind() == {
+        "init": {"stdin", "stdout"},
+        "a": {"exec"},
+        "a-exec": {"exec"},
+        "a.b-stdout": {"stderr"},
+    }
+    assert bundle.mark_of("a") == f"{bundle.path}/a-exec"
+    assert bundle.mark_of("") == ""
+
+
+def test_what_a_process_left_is_forgotten_alone(state: Path) -> None:
+    bundle = Bundle.prepare(str(state), "web", ROOT)
+    for name in ("a-stdout", "a-stderr", "b-stdout"):
+        Path(bundle.path, name).touch()
+    bundle.forget("a", {"stdout", "stderr", "stdin"})
+    assert bundle.left_behind() == {"b": {"stdout"}}
+
+
+def test_a_bundle_that_is_gone_holds_nothing(state: Path) -> None:
+    assert Bundle.find(str(state), "web", ROOT, f"{state}/web").left_behind() == {}

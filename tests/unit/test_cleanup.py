@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -12,14 +13,20 @@ from structlog.testing import capture_logs
 from libcontainerd import _cleanup as cleanup
 from libcontainerd._records import Container, Process, Step
 from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Deadline
-from libcontainerd._wire.pb.services import containers_pb2
+from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.shelter import Lease, Shelter
-from libcontainerd.errors import DeadlineExceededError
+from libcontainerd.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    SystemFailureError,
+    UnavailableError,
+)
 from libcontainerd.types import ExitStatus
-from tests.unit.beside import Beside
+from tests.unit.beside import DEADLINE, Beside
 from tests.unit.server import Process as ServedProcess
 from tests.unit.server import Scripted, fail, lose
+from tests.unit.server import Step as Scripting
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 REFUSED = fail(grpc.StatusCode.FAILED_PRECONDITION, "scripted")
@@ -108,3 +115,77 @@ def test_a_deletion_that_is_refused_is_repeated_without_haste(
     with pytest.raises(DeadlineExceededError):
         cleanup.end_process(calls, container, task, doing="undo", deadline=Deadline(0.4))
     assert 2 <= len(server.called("Tasks.Delete")) < 15
+
+
+# ------------------------------------------------------------------------------------------------------- making a task
+
+SHIM_IN_THE_WAY = fail(
+    grpc.StatusCode.UNKNOWN,
+    "failed to start shim: mkdir /run/containerd/io.containerd.runtime.v2.task/test/web: file exists: unknown",
+)
+TASK_IN_THE_WAY = fail(grpc.StatusCode.ALREADY_EXISTS, "task web: already exists")
+
+
+def make_task(calls: Lease, cut: threading.Event | None = None, seconds: float = DEADLINE) -> int:
+    request = tasks_pb2.CreateTaskRequest(container_id="web")
+    return cleanup.make_task(
+        calls, request, cut=cut or threading.Event(), doing="start", deadline=Deadline(seconds)
+    ).pid
+
+
+@pytest.mark.parametrize("remains", [SHIM_IN_THE_WAY, TASK_IN_THE_WAY], ids=["a directory", "an unseen task"])
+def test_a_task_is_made_when_the_remains_of_an_earlier_one_are_gone(
+    server: Scripted, calls: Lease, remains: Scripting
+) -> None:
+    server.containers["web"] = containers_pb2.Container(id="web")
+    server.script("Tasks.Create", remains, remains, remains)
+    assert make_task(calls) > 0
+    assert len(server.called("Tasks.Create")) == 4
+
+
+def test_a_task_that_is_there_is_no_remains(server: Scripted, calls: Lease, task: Process) -> None:
+    server.containers["web"] = containers_pb2.Container(id="web")
+    with pytest.raises(ConflictError):
+        make_task(calls)
+    assert len(server.called("Tasks.Create")) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (fail(grpc.StatusCode.UNKNOWN, "OCI runtime create failed: mkdir: file exists"), SystemFailureError),
+        (fail(UNAVAILABLE), UnavailableError),
+    ],
+)
+def test_another_failure_is_told_at_once(
+    server: Scripted, calls: Lease, step: Scripting, error: type[Exception]
+) -> None:
+    server.script("Tasks.Create", step)
+    with pytest.raises(error):
+        make_task(calls)
+    assert len(server.called("Tasks.Create")) == 1
+
+
+def test_remains_that_stay_are_told_in_time(
+    server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "_REMAINS_SECONDS", 0.2)
+    server.script("Tasks.Create", *[SHIM_IN_THE_WAY] * 1000)
+    with pytest.raises(SystemFailureError, match="file exists"):
+        make_task(calls)
+    assert 2 <= len(server.called("Tasks.Create")) < 15
+
+
+def test_close_ends_the_waiting_for_remains(
+    server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "_FIRST_PAUSE_SECONDS", 3600.0)
+    monkeypatch.setattr(cleanup, "_REMAINS_SECONDS", 7200.0)
+    monkeypatch.setattr(cleanup, "_MOST_PAUSE_SECONDS", 3600.0)
+    server.script("Tasks.Create", SHIM_IN_THE_WAY)
+    cut = threading.Event()
+    making = Beside(lambda: make_task(calls, cut, seconds=7200.0))
+    server.wait_for("Tasks.Create")
+    cut.set()
+    with pytest.raises(SystemFailureError):
+        making.answer()

@@ -333,6 +333,64 @@ def test_replace_clears_away_a_running_container_of_ours(
     assert client.start("web") != first
 
 
+def test_replace_ends_a_task_of_a_start_that_was_cut_off(client: Client, server: Scripted) -> None:
+    client.create("web", SPEC)
+    server.processes["web", ""] = Process(
+        77, task_pb2.Status.RUNNING
+    )  # came to light when containerd was restarted
+    with pytest.raises(FailedPreconditionError, match="a task exists"):
+        client.delete("web")
+    client.replace("web", SPEC, labels={"a": "b"})
+    assert server.containers["web"].labels["a"] == "b"
+    assert server.processes == {}
+    assert client.start("web") != 77
+
+
+def test_replace_ends_a_task_whose_container_is_gone(client: Client, server: Scripted) -> None:
+    server.processes["web", ""] = Process(77, task_pb2.Status.RUNNING)
+    client.replace("web", SPEC)
+    assert server.processes == {}
+    assert client.start("web") != 77
+
+
+def test_replace_that_cannot_end_what_is_in_the_way_leaves_nothing_of_its_own(
+    client: Client, server: Scripted, state: Path
+) -> None:
+    server.processes["web", ""] = Process(77, task_pb2.Status.RUNNING)
+    server.script("Tasks.Kill", fail(INTERNAL))
+    with pytest.raises(SystemFailureError):
+        client.replace("web", SPEC)
+    assert server.containers == {}
+    assert not state.exists()
+    client.replace("web", SPEC)
+
+
+def test_replace_finds_a_creation_that_arrives_late(client: Client, server: Scripted) -> None:
+    server.containers["web"] = containers_pb2.Container(id="web", labels={"whose": "an earlier one's"})
+
+    def arrive(context: Context, go_on: Callable[[], Message]) -> Message:
+        done = go_on()
+        server.containers["web"] = containers_pb2.Container(id="web", labels={"whose": "the late one's"})
+        return done
+
+    server.script("Containers.Delete", arrive)
+    client.replace("web", SPEC)
+    assert "whose" not in server.containers["web"].labels
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_replace_removes_the_bundle_that_an_earlier_program_left(
+    client: Client, server: Scripted, state: Path, labelled: bool
+) -> None:
+    (state / "web").mkdir(parents=True)
+    (state / "web" / "e-exec").touch()
+    (state / "other").mkdir()
+    labels = {BUNDLE_LABEL: str(state / ("web" if labelled else "other"))}
+    server.containers["web"] = containers_pb2.Container(id="web", labels=labels)
+    client.replace("web", SPEC)
+    assert files(state) == ["other", "web"]
+
+
 @pytest.mark.parametrize("status", [None, task_pb2.Status.RUNNING, task_pb2.Status.STOPPED])
 def test_replace_clears_away_what_an_earlier_program_left(
     client: Client, server: Scripted, status: int | None

@@ -971,3 +971,62 @@ def test_a_question_is_asked_once_in_an_interval(monkeypatch: pytest.MonkeyPatch
     assert not container.claim_question(task, 5)
     now[0] += 0.2
     assert container.claim_question(task, 5)
+
+
+# --------------------------------------------------------------------------------------------------- what is found again
+
+
+@pytest.mark.parametrize("state", [State.CREATED, State.RUNNING, State.PAUSED])
+def test_a_process_that_was_found_is_as_it_was(state: State) -> None:
+    container = Container("web")
+    task = container.reserve_found("init")
+    with pytest.raises(NotFoundError):
+        container.require_task(DOING)
+    container.adopt(task, state, 100)
+    assert container.require_task(DOING) is task
+    assert (task.state, task.pid, task.answered) == (state, 100, True)
+    assert container.running() == [task]
+
+
+def test_an_exit_before_the_answer_is_in_the_answer() -> None:
+    container = Container("web")
+    task, process = container.reserve_found("init"), container.reserve_found("e")
+    assert container.apply(EventType.EXIT, exit_of("web", 100)) is None
+    assert container.apply(EventType.EXIT, exit_of("e", 200)) is None
+    container.adopt(task, State.RUNNING, 100, FIFTH)
+    container.adopt(process, State.RUNNING, 200)
+    container.note_exit(process, FIFTH)
+    assert container.claim_report(task) is None, "it is told by the one who found it"
+    told = container.claim_report(process)
+    assert told is not None
+    assert told.exit_code == 5
+    for name, pid in (("web", 100), ("e", 200)):
+        assert container.apply(EventType.EXIT, exit_of(name, pid)) is None
+    assert container.last_exit("init") == FIFTH
+    container.forget(task)
+    assert container.apply(EventType.EXIT, exit_of("web", 100)) is None, "late, and of that run"
+
+
+def test_an_exit_after_the_answer_is_told() -> None:
+    container = Container("web")
+    task = container.reserve_found("init")
+    container.adopt(task, State.PAUSED, 100)
+    told = container.apply(EventType.EXIT, exit_of("web", 100, 3))
+    assert told is not None
+    assert told.exit_code == 3
+
+
+def test_what_was_not_found_leaves_its_place() -> None:
+    container = Container("web")
+    for name in ("init", "e"):
+        container.forget(container.reserve_found(name))
+    container.publish(Bundle("/run/web", (0, 0)), FACTS)
+    running_task(container)
+    running_exec(container)
+
+
+def test_an_id_that_is_taken_is_told_by_what_was_wanted() -> None:
+    containers = ContainerMap()
+    containers.reserve("web")
+    with pytest.raises(ConflictError, match="cannot restore container 'web'"):
+        containers.reserve("web", "restore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from libcontainerd import oci
 from libcontainerd._bundle import BUNDLE_LABEL
+from libcontainerd._records import SpecFacts
 from libcontainerd._runtime import (
     check_labels,
     mapped_root,
     options_for,
+    read_facts,
     read_runtime_options,
     task_options,
     with_own_cgroup,
@@ -21,7 +24,8 @@ from libcontainerd._runtime import (
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb import wellknown_pb2
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
-from libcontainerd.errors import InvalidParameterError
+from libcontainerd._wire.pb.services import containers_pb2
+from libcontainerd.errors import InvalidParameterError, SystemFailureError
 
 BOOLS = ("no_pivot_root", "no_new_keyring", "systemd_cgroup")
 TEXTS = ("shim_cgroup", "binary_name", "root", "criu_image_path", "criu_work_path")
@@ -233,3 +237,79 @@ def test_a_clients_options_are_under_those_of_a_container() -> None:
     alone = Options(root="/run/other", binary_name="crun")
     assert options_for("io.containerd.kata.v2", own, defaults) == alone
     assert options_for("io.containerd.kata.v2", None, defaults) is None
+
+
+# ------------------------------------------------------------------------------------------ what is read of a container
+
+
+def container_of(spec: object, options: Options | None = None) -> containers_pb2.Container:
+    return containers_pb2.Container(
+        id="web",
+        spec=typeurl.pack_json(typeurl.SPEC_URL, json.dumps(spec).encode()),
+        runtime=containers_pb2.Container.Runtime(
+            options=None if options is None else typeurl.pack(options),
+        ),
+    )
+
+
+MAPPING = {"containerID": 0, "hostID": 100_000, "size": 65_536}
+USER = {"namespaces": [{"type": "user"}]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "terminal", "owner"),
+    [
+        ({}, False, (0, 0)),
+        ({"process": {"terminal": True}}, True, (0, 0)),
+        ({"process": {"terminal": "yes"}, "linux": []}, False, (0, 0)),
+        ({"process": None, "linux": None}, False, (0, 0)),
+        ({"linux": {"uidMappings": [MAPPING], "gidMappings": [MAPPING]}}, False, (0, 0)),
+        ({"linux": {**USER, "uidMappings": [MAPPING]}}, False, (100_000, 0)),
+        (
+            {"linux": {**USER, "uidMappings": [3, MAPPING], "gidMappings": [MAPPING]}},
+            False,
+            (100_000, 100_000),
+        ),
+        ({"linux": {**USER, "uidMappings": [{**MAPPING, "containerID": 1}]}}, False, (0, 0)),
+        ({"linux": {**USER, "uidMappings": [{**MAPPING, "size": 0}]}}, False, (0, 0)),
+    ],
+)
+def test_the_facts_of_a_container(spec: object, terminal: bool, owner: tuple[int, int]) -> None:
+    assert read_facts(container_of(spec)) == SpecFacts(terminal=terminal, owner=owner, options=None)
+
+
+def test_the_facts_are_those_that_the_models_give() -> None:
+    mapping = oci.LinuxIDMapping(container_id=0, host_id=1234, size=10)
+    spec = oci.build(oci.default_spec(), oci.with_user_namespace([mapping]), oci.with_terminal())
+    options = Options(root="/r")
+    facts = read_facts(container_of(json.loads(oci.dump(spec)), options))
+    assert facts == SpecFacts(terminal=True, owner=mapped_root(spec), options=options)
+
+
+@pytest.mark.parametrize("host", [-1, 1 << 32, (1 << 32) - 1, "0", 1.5, None])
+def test_a_user_that_cannot_be_is_refused(host: object) -> None:
+    spec = {"linux": {**USER, "uidMappings": [{**MAPPING, "hostID": host}]}}
+    with pytest.raises(SystemFailureError, match="cannot read the spec of container 'web': there is no user"):
+        read_facts(container_of(spec))
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        containers_pb2.Container(id="web"),
+        containers_pb2.Container(id="web", spec=typeurl.pack_json(typeurl.SPEC_URL, b"[]")),
+        containers_pb2.Container(id="web", spec=typeurl.pack_json(typeurl.SPEC_URL, b"{")),
+        containers_pb2.Container(id="web", spec=typeurl.pack_json(typeurl.SPEC_URL, b"[" * 100_000)),
+        containers_pb2.Container(id="web", spec=typeurl.pack_json(typeurl.PROCESS_URL, b"{}")),
+        containers_pb2.Container(
+            id="web",
+            spec=typeurl.pack_json(typeurl.SPEC_URL, b"{}"),
+            runtime=containers_pb2.Container.Runtime(
+                options=wellknown_pb2.Any(type_url="containerd.runc.v1.Options", value=b"\xff")
+            ),
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_told(container: containers_pb2.Container) -> None:
+    with pytest.raises(SystemFailureError, match="cannot read the spec of container 'web'"):
+        read_facts(container)

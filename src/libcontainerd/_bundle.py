@@ -27,7 +27,7 @@ from libcontainerd.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 BUNDLE_LABEL: Final = "libcontainerd/bundle.path"
 """The container's label that holds its bundle's path, so that a later client finds it."""
@@ -192,6 +192,34 @@ class Bundle:
             except OSError:
                 return
             parent = os.path.dirname(parent)
+
+
+def remove_orphans(state_dir: str, names: Iterable[str], in_use: Callable[[str], bool]) -> None:
+    """Remove the empty bundles that belong to no container.
+
+    A program that is killed leaves one where it has made the bundle and not yet the container, or removed the container and
+    not yet the bundle. What is not empty stays: it may be another client's. One that another has just made is missed by
+    nobody, since a start makes it again.
+
+    Args:
+        state_dir: Where bundles are.
+        names: What was there before it was asked which containers there are.
+        in_use: Whether there is a container of that name.
+    """
+    if os.environ.get("LIBCONTAINERD_NOCLEAN") == "1":
+        return
+    for name in names:
+        if not in_use(name):
+            with suppress(OSError):
+                os.rmdir(os.path.join(state_dir, name))
+
+
+def names_in(state_dir: str) -> list[str]:
+    """The names in a directory; none where it is not there or cannot be read."""
+    try:
+        return os.listdir(state_dir)
+    except OSError:
+        return []
 
 
 def _refuse_anothers(path: str, owner: tuple[int, int], container_id: str) -> None:

@@ -12,7 +12,7 @@ import structlog
 
 from libcontainerd import _cleanup as cleanup
 from libcontainerd import cio
-from libcontainerd._bundle import BUNDLE_LABEL, Bundle
+from libcontainerd._bundle import BUNDLE_LABEL, Bundle, names_in, remove_orphans
 from libcontainerd._events import catchup
 from libcontainerd._records import Process, State
 from libcontainerd._runtime import read_facts
@@ -131,16 +131,19 @@ class Restorer:
         """Restore every container of ours that is not in the map."""
         doing = f"restore the containers of namespace {self.connection.namespace!r}"
         stdio = _Stdio(attach_stdio, attach_exec_stdio)
+        bundles = names_in(self.state_dir)
         # Streamed: a few thousand specs are more than containerd sends in one message.
         request = containers_pb2.ListContainersRequest(filters=[f'labels."{BUNDLE_LABEL}"'])
         answers = self.connection.read(
             self.connection.containers.ListStream, request, doing=doing, deadline=deadline
         )
         results: dict[str, Restored | Exception] = {}
+        seen = set()
         with ExitStack() as undo:
             under_way = []
             for answer in answers:
                 message = answer.container
+                seen.add(os.path.basename(message.labels[BUNDLE_LABEL]))
                 try:
                     one = self._begin(message, stdio, deadline, undo)
                 except Exception as error:  # noqa: BLE001 - one broken container spoils no other; it is reported
@@ -152,6 +155,9 @@ class Restorer:
                 results[one.container.id] = outcome
         if self.cut.is_set():
             raise CallCancelledError(f"cannot {doing}: the client was closed meanwhile")
+        remove_orphans(
+            self.state_dir, bundles, lambda name: name in seen or self.containers.find(name) is not None
+        )
         if any(isinstance(each, Restored) for each in results.values()):
             self._look_again()
         return results

@@ -382,7 +382,8 @@ class Client:
         """Restore every container of the namespace that a client of this library has made, for a daemon's start.
 
         For thousands, with a few calls together: only an exec costs calls of its own. Containers that are in use here
-        already are left out. Callbacks may be called from several threads; ``DirectIO.container_id`` says for which container.
+        already are left out. Empty directories below ``state_dir`` that belong to none are removed: a program that was killed
+        while it made or removed a container has left them. Callbacks may be called from several threads; ``DirectIO.container_id`` says for which container.
 
         Args:
             attach_stdio: As for `restore`, like the others.

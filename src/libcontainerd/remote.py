@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd.client import Client
-from libcontainerd.errors import CallCancelledError, InvalidParameterError
+from libcontainerd.errors import CallCancelledError, InvalidParameterError, LibcontainerdError
 from libcontainerd.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
@@ -106,12 +106,16 @@ class Remote:
         environment: Mapping[str, str] | None = None,
         start_timeout: float = 30.0,
         stop_timeout: float = 15.0,
+        health_timeout: float = 5.0,
+        restart_attempts: int = 10,
         runtime: str = "io.containerd.runc.v2",
         default_timeout: float = 60.0,
     ) -> Remote:
         """Start a private containerd and return once it serves.
 
-        It ends with `cleanup`, or with this program; running containers survive both.
+        It is checked twice a second. One that has died is started again, and so is one that hangs: its goroutines' stacks
+        are then in the log. Clients follow by themselves, and running containers stay. It ends with `cleanup`, or with
+        this program; running containers survive that too.
 
         Args:
             root_dir: An absolute path for what containerd keeps: content, snapshots, metadata.
@@ -129,12 +133,15 @@ class Remote:
             environment: Variables it gets beside this program's.
             start_timeout: Seconds until it must serve.
             stop_timeout: Seconds between SIGTERM and SIGKILL.
+            health_timeout: Seconds that it may take to answer a health check; after three that failed it is hung.
+            restart_attempts: How many starts in a row may fail, or not last for 10 s, before it is given up; the pauses
+                between them double, up to 30 s. `failure` then says why.
             runtime: As for `Client`.
             default_timeout: As for `Client`.
 
         Raises:
             InvalidParameterError: a value cannot be used, or there is no such binary. Nothing was touched.
-            ConflictError: a containerd of these directories is running.
+            ConflictError: a containerd of these directories is running, under this program or another: `connect` to it.
             SystemFailureError: it ended before it served; the message holds the end of its log.
             DeadlineExceededError: it does not serve in time; likewise.
         """
@@ -156,6 +163,8 @@ class Remote:
                 environment=environment or {},
                 start_timeout=start_timeout,
                 stop_timeout=stop_timeout,
+                health_timeout=health_timeout,
+                restart_attempts=restart_attempts,
             ),
         )
         supervisor.start()
@@ -175,11 +184,18 @@ class Remote:
     def __exit__(self, *_: object) -> None:
         self.cleanup()
 
+    @property
+    def failure(self) -> LibcontainerdError | None:
+        """Why the containerd that was started here was given up, with the end of its log; None as long as it is not."""
+        return self._supervisor.failure if self._supervisor else None
+
     def new_client(self, namespace: str, backend: Backend | None = None) -> Client:
         """Make a client for one of containerd's namespaces.
 
+        While the containerd that was started here is being restarted, this waits for it, for ``start_timeout``.
+
         Raises:
-            LibcontainerdError: as `Client` does; `CallCancelledError` after `cleanup`.
+            LibcontainerdError: as `Client` does; `CallCancelledError` after `cleanup`; `failure` when there is one.
         """
         check_identifier("namespace", namespace)
         with self._lock:
@@ -188,6 +204,8 @@ class Remote:
             raise CallCancelledError(
                 f"cannot make a client of namespace {namespace!r}: the remote was cleaned up"
             )
+        if self._supervisor is not None:
+            self._supervisor.wait_serving()
         client = Client(
             self.address,
             namespace=namespace,

@@ -69,7 +69,12 @@ class Proxy:
             except OSError:
                 return
             far = socket.socket(socket.AF_UNIX)
-            far.connect(self._upstream)
+            try:
+                far.connect(self._upstream)
+            except OSError:  # containerd is away: so is what stands before it
+                near.close()
+                far.close()
+                continue
             with self._lock:
                 if self._broken:
                     near.close()

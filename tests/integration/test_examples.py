@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from libcontainerd import Remote
-from tests.integration.containers import Raw, wait_until
+from tests.integration.containers import Raw, alive, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _RUNC_STATE = Path("/run/containerd/runc")
@@ -148,4 +150,142 @@ def test_the_minimal_daemon_leaves_nothing_of_a_program_that_is_not_there(
     assert "InvalidParameterError" in ran.stderr.splitlines()[-1]
     assert raw.container_ids() == set()
     assert raw.tasks_by_id() == {}
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- runner
+
+
+class RunnerProcess:
+    """The runner, with what it says."""
+
+    def __init__(self, *command: str | Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", EXAMPLES / "runner.py", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, object]] = []
+        self.await_line(event="ready")
+
+    def send(self, **command: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def await_line(self, **fields: object) -> dict[str, object]:
+        """Read up to a line that has these fields; one that has been read already counts."""
+        assert self._process.stdout is not None
+        at = 0
+        while True:
+            while at < len(self.lines):
+                if fields.items() <= self.lines[at].items():
+                    return self.lines[at]
+                at += 1
+            line = self._process.stdout.readline()
+            assert line, f"it ended, and never said {fields}, but {self.lines}"
+            self.lines.append(json.loads(line))
+
+    def output(self, job: str, step: str | None) -> str:
+        key = {"event": "output", "job": job, "step": step}
+        return "".join(str(line["text"]) for line in self.lines if key.items() <= line.items())
+
+    def end(self, number: signal.Signals | None) -> tuple[int, str]:
+        """End it by a signal or by the end of its input; gives its code and its log."""
+        if number is not None:
+            self._process.send_signal(number)
+        rest, log = self._process.communicate(timeout=50)
+        self.lines += [json.loads(line) for line in rest.splitlines()]
+        return self._process.returncode, log
+
+
+@pytest.fixture
+def runner(remote: Remote, rootfs: Path, tmp_path: Path) -> Iterator[Callable[[], RunnerProcess]]:
+    """Starts runners on one directory and namespace, one after the other."""
+    made: list[RunnerProcess] = []
+    name = f"runner-{uuid.uuid4().hex[:8]}"
+
+    def start() -> RunnerProcess:
+        made.append(RunnerProcess(remote.address, tmp_path / "state", name, rootfs))
+        return made[-1]
+
+    yield start
+    for each in made:
+        if each._process.poll() is None:
+            each.end(signal.SIGKILL)
+    with suppress(OSError):
+        (_RUNC_STATE / name).rmdir()
+
+
+def test_the_runner_runs_jobs_with_steps_and_ends_with_its_input(
+    runner: Callable[[], RunnerProcess], tmp_path: Path
+) -> None:
+    one = runner()
+    one.send(do="run", job="a", args=["sh", "-c", "echo up; exec sleep 1000"])
+    pid = one.await_line(event="started", job="a", step=None)["pid"]
+    one.send(do="exec", job="a", step="s", args=["sh", "-c", "echo out; echo err >&2; exit 3"])
+    step = one.await_line(event="started", job="a", step="s")["pid"]
+    ended = one.await_line(event="exit", job="a", step="s")
+    assert (ended["code"], ended["pid"]) == (3, step)
+    one.send(do="kill", job="a", signal=9)
+    ended = one.await_line(event="exit", job="a", step=None)
+    assert (ended["code"], ended["pid"]) == (137, pid)
+    one.await_line(event="removed", job="a")
+    one.send(do="run", job="a", args=["sh", "-c", "exit 4"])  # the name is free again
+    code, log = one.end(None)
+
+    assert (code, log) == (0, "")
+    assert [line["code"] for line in one.lines if line["event"] == "exit"] == [3, 137, 4]
+    assert one.lines[-1] == {"event": "removed", "job": "a"}
+    assert one.output("a", None) == "up\n"
+    assert sorted(one.output("a", "s").split()) == ["err", "out"]
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_the_runner_says_what_it_cannot_do(runner: Callable[[], RunnerProcess]) -> None:
+    one = runner()
+    one.send(do="run", job="a", args=["no-such-program"])
+    assert "no-such-program" in str(one.await_line(event="failed")["error"])
+    one.send(do="exec", job="b", step="s", args=["true"])
+    assert "no job 'b'" in str(
+        one.await_line(event="failed", command={"do": "exec", "job": "b", "step": "s", "args": ["true"]})[
+            "error"
+        ]
+    )
+    one.send(do="dance")
+    assert one.await_line(event="failed", command={"do": "dance"})["error"] == "that is no command"
+    assert one.end(None)[0] == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_runner_takes_back_the_jobs_of_an_earlier_one(
+    runner: Callable[[], RunnerProcess], end: signal.Signals, tmp_path: Path
+) -> None:
+    first = runner()
+    for job in ("lives", "ends"):
+        first.send(do="run", job=job, args=["sh", "-c", "echo up; exec sleep 1000"])
+        first.await_line(event="started", job=job)
+    first.send(do="exec", job="lives", step="s", args=["sleep", "1000"])
+    pids = {job: first.await_line(event="started", job=job, step=None)["pid"] for job in ("lives", "ends")}
+    step = first.await_line(event="started", job="lives", step="s")["pid"]
+    code, log = first.end(end)
+    assert (code, log) == ((0, "") if end is signal.SIGTERM else (-signal.SIGKILL, ""))
+    assert not [line for line in first.lines if line["event"] == "exit"]
+    os.kill(int(str(pids["ends"])), signal.SIGKILL)
+    wait_until(lambda: not alive(int(str(pids["ends"]))), "it has ended")
+
+    second = runner()
+    told = second.await_line(event="restored", job="lives")
+    assert (told["alive"], told["pid"], told["steps"]) == (True, pids["lives"], {"s": step})
+    assert second.await_line(event="exit", job="ends")["code"] == 137
+    second.await_line(event="removed", job="ends")
+    second.send(do="kill", job="lives", step="s", signal=9)
+    assert second.await_line(event="exit", job="lives", step="s")["code"] == 137
+    second.send(do="exec", job="lives", step="t", args=["sh", "-c", "exit 6"])
+    assert second.await_line(event="exit", job="lives", step="t")["code"] == 6
+    second.send(do="kill", job="lives", signal=9)
+    assert second.await_line(event="exit", job="lives", step=None)["code"] == 137
+    assert second.end(None) == (0, "")
     assert list((tmp_path / "state").iterdir()) == []

@@ -18,8 +18,11 @@ from pathlib import Path
 import pytest
 import structlog
 
-from libcontainerd.errors import ConflictError, InvalidParameterError, SystemFailureError
-from libcontainerd.supervisor import Options, Supervisor
+from libcontainerd import EventType, Remote, Status
+from libcontainerd.backends import RecordingBackend
+from libcontainerd.errors import ConflictError, InvalidParameterError, SystemFailureError, UnavailableError
+from libcontainerd.supervisor import Options, Supervisor, claim
+from tests.integration.containers import Collected, MakeSpec, process, run_exec, wait_until
 
 # Runs a supervisor until it is told to end by a line on stdin; says containerd's pid.
 PROGRAM = """\
@@ -290,6 +293,118 @@ def test_its_containers_outlive_it(make: Make, rootfs: Path, end: str) -> None:
         ctr(supervisor, "-n", namespace, "task", "rm", "--force", "one")
         ctr(supervisor, "-n", namespace, "container", "rm", "one")
     assert has_ended(task, 10)
+
+
+@pytest.fixture
+def remote(
+    containerd_binary: Path, directory: Path, no_leaks: None
+) -> Iterator[tuple[Remote, list[structlog.typing.EventDict]]]:
+    """A remote of a containerd that shall hang or die, and what is logged."""
+    # A link, so that a test can put something else in its place.
+    (directory / "containerd").symlink_to(containerd_binary)
+    with (
+        structlog.testing.capture_logs() as events,
+        Remote.start(
+            directory / "root",
+            directory / "state",
+            binary=str(directory / "containerd"),
+            health_timeout=2.0,
+            restart_attempts=2,
+        ) as started,
+    ):
+        yield started, events
+
+
+def kill(remote: Remote, number: signal.Signals) -> int:
+    """Send containerd a signal, and give its pid."""
+    assert remote._supervisor is not None
+    pid = remote._supervisor.pid
+    assert pid is not None
+    os.kill(pid, number)
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_clients_and_containers_go_on_when_it_died_or_hung(
+    remote: tuple[Remote, list[structlog.typing.EventDict]], spec: MakeSpec, number: signal.Signals
+) -> None:
+    made, events = remote
+    backend = RecordingBackend()
+    client = made.new_client(f"supervisor-{uuid.uuid4().hex[:8]}", backend)
+    out = Collected()
+    client.create("c", spec("sh", "-c", "read line; echo $line; exit 7"))
+    client.start("c", with_stdin=True, attach_stdio=out)
+    client.exec("c", "e", process("sleep", "1000"))
+    old = kill(made, number)
+    wait_until(
+        lambda: any(event["event"] == "containerd_restarted" for event in events), "it is restarted", 30
+    )
+    assert has_ended(old, 0)
+
+    def answers() -> bool:
+        try:
+            return client.status("c") is Status.RUNNING
+        except UnavailableError:  # the channel is still on its way
+            return False
+
+    wait_until(answers, "the client has followed", 30)
+    assert {each.process_id for each in client.summary("c")} == {"init", "e"}
+    client.signal_process("c", "e", signal.SIGKILL)
+    assert client.wait("c", "e", timeout=30).code == 137
+    backend.wait_for(EventType.EXIT, "c", "e", timeout=30)
+    assert run_exec(client, "c", "after", "sh", "-c", "exit 5").status.code == 5
+    other = made.new_client(client._namespace + "-too")
+    other.close()
+    out.stdin.write(b"still here\n")
+    assert client.wait("c", timeout=30).code == 7
+    assert client.delete_task("c").code == 7
+    assert out.out == b"still here\n"
+    client.delete("c")
+
+    assert made.failure is None
+    lines = [str(event.get("line")) for event in events]
+    stacks = [line for line in lines if "goroutine stack dump" in line]
+    assert bool(stacks) is (number is signal.SIGSTOP)
+    Path(tempfile.gettempdir(), f"containerd.{old}.stacks.log").unlink(missing_ok=True)
+
+
+def test_one_that_cannot_come_back_is_told_with_the_end_of_its_log(
+    remote: tuple[Remote, list[structlog.typing.EventDict]], directory: Path
+) -> None:
+    made, _ = remote
+    client = made.new_client("supervisor")
+    (directory / "containerd").unlink()
+    (directory / "containerd").write_text("#!/bin/sh\necho level=fatal msg=broken >&2\nexit 9\n")
+    (directory / "containerd").chmod(0o755)
+    kill(made, signal.SIGKILL)
+    wait_until(lambda: made.failure, "it is given up", 30)
+
+    message = str(made.failure)
+    assert "given up after 2 attempts" in message
+    assert "exited with code 9" in message
+    assert message.endswith("level=fatal msg=broken")
+    with pytest.raises(SystemFailureError, match="given up after 2 attempts"):
+        made.new_client("supervisor")
+    with pytest.raises(UnavailableError):
+        client.version(timeout=5)
+
+
+def test_a_process_that_has_the_pid_of_an_earlier_one_is_left_alone(make: Make, directory: Path) -> None:
+    configuration = directory / "state/containerd.toml"
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(60)", "--config", str(configuration)]
+    with subprocess.Popen(command) as foreign:
+        try:
+            (directory / "state").mkdir()
+            claim.write_pid_file(str(directory / "state/containerd.pid"), foreign.pid)
+            pid_file = directory / "state/containerd.pid"
+            pid, started, _ = pid_file.read_text().split()
+            # All is as it was told but the executable.
+            pid_file.write_text(f"{pid}\n{started}\n1:1\n")
+            with make() as supervisor:
+                assert pid_file.read_text().startswith(f"{supervisor.pid}\n")
+            assert foreign.poll() is None
+        finally:
+            foreign.kill()
 
 
 def test_many_starts_leave_nothing(make: Make, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A containerd of our own: its configuration, start, wait for serving, and stop.
+"""A containerd of our own: its configuration, start, health, restart and stop.
 
 A `Supervisor` runs one containerd in two directories, and writes nothing outside of them:
 
@@ -9,8 +9,9 @@ A `Supervisor` runs one containerd in two directories, and writes nothing outsid
 containerd's shims and clients do: sockets, FIFOs and runc's state in ``/run/containerd``, the cgroups ``/NAMESPACE/ID``.
 These are shared by every containerd of a machine, so give each one namespaces of its own.
 
-Two threads, both daemons: one starts the child, reads its log and reaps it; one hands the log on, so that a consumer
-that is slow never fills the pipe and so blocks containerd. Needs Linux 5.3 (pidfd).
+Three threads, all daemons: one starts the child, reads its log and reaps it; one hands the log on, so that a consumer
+that is slow never fills the pipe and so blocks containerd; one checks its health and starts it again. Needs Linux 5.3
+(pidfd).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import weakref
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import grpc
-from grpc_health.v1 import health_pb2
-
-from libcontainerd._wire.connection import Address, Deadline, open_channel
+from libcontainerd._wire.connection import Deadline
 from libcontainerd.errors import (
     CallCancelledError,
     ConflictError,
@@ -38,7 +39,7 @@ from libcontainerd.errors import (
     SystemFailureError,
 )
 from libcontainerd.supervisor import claim
-from libcontainerd.supervisor.child import Child, Log
+from libcontainerd.supervisor.child import Child, Health, Log, watcher
 from libcontainerd.supervisor.options import (
     TTRPC_SUFFIX,
     Options,
@@ -51,7 +52,7 @@ from libcontainerd.supervisor.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
@@ -70,6 +71,17 @@ _PROBE_PAUSES: Final = (
 )  # seconds before each; the last one repeats
 _LINES_IN_ERROR: Final = 30
 
+_CHECK_INTERVAL: Final = 0.5
+_CHECKS_UNTIL_HUNG: Final = 3
+_LATENESS: Final = 2.0
+"""Seconds by which a check may be late. Later ones count for nothing: it was this program that did not get to run."""
+_STACKS_END: Final = "END goroutine stack dump"
+_STACKS_TIMEOUT: Final = 3.0
+
+_LASTING: Final = 10.0  # seconds that a containerd must have served for its start to have been a good one
+_BACKOFF_FIRST: Final = 0.1
+_BACKOFF_MOST: Final = 30.0
+
 
 class _Phase(Enum):
     IDLE = "idle"
@@ -79,7 +91,10 @@ class _Phase(Enum):
 
 
 class Supervisor:
-    """Runs a private containerd: starts it, waits until it serves, stops it.
+    """Runs a private containerd: starts it, waits until it serves, keeps it running, stops it.
+
+    One that dies, or that hangs, is started again in the same directories, by `Options.restart_attempts` at most, until
+    ``stop()``. Of one that hangs the goroutines' stacks are asked for first; they are in the log.
 
     A context manager that starts it on entry and stops it on exit. All methods may be called from any thread. One that
     was stopped can be started again. One that is left running is stopped when the interpreter exits; should this
@@ -129,8 +144,9 @@ class Supervisor:
         self._reset()
 
     def _reset(self) -> None:
-        # Guards all below. A leaf, but for the setting of events. Re-entrant, because a signal handler that calls stop()
-        # may interrupt the thread that is inside.
+        # Guards the phase and whose it is. A leaf, but for the setting of events. Re-entrant, because a signal handler that
+        # calls stop() may interrupt the thread that is inside; and because that one then waits for our threads, they never
+        # take it: what they write is one attribute, and is read whole.
         self._changed = threading.Condition(threading.RLock())
         self._phase = _Phase.IDLE
         self._actor = 0  # the thread that starts or stops it just now
@@ -139,6 +155,7 @@ class Supervisor:
         self._locks: list[claim.DirectoryLock] = []
         self._child: Child | None = None
         self._log: Log | None = None
+        self._failure: LibcontainerdError | None = None
         self._waiters: set[threading.Event] = set()
 
     @property
@@ -149,14 +166,17 @@ class Supervisor:
     @property
     def pid(self) -> int | None:
         """The process id of containerd, or None while it does not run."""
-        with self._changed:
-            child = self._child
+        child = self._child
         return child.pid or None if child and not child.exited else None
+
+    @property
+    def failure(self) -> LibcontainerdError | None:
+        """Why it was given up, with the end of its log; None before that, and after the next ``start()``."""
+        return self._failure
 
     def log_tail(self) -> tuple[str, ...]:
         """Return the last lines of containerd's log, 200 at most; after its end too, until the next start."""
-        with self._changed:
-            log = self._log
+        log = self._log
         return log.tail() if log else ()
 
     def start(self) -> None:
@@ -169,7 +189,8 @@ class Supervisor:
             ConflictError: It is started already; another supervisor has one of the directories; the containerd of an
                 earlier one is still alive; or the address is taken.
             InvalidParameterError: The binary is not there or not executable. Nothing has been touched.
-            SystemFailureError: containerd ended; the message has its exit code and the end of its log.
+            SystemFailureError: containerd ended; the message has its exit code and the end of its log. A first start is
+                tried once: what is wrong with it is wrong with the next one too.
             DeadlineExceededError: It did not serve in time; the message has the end of its log.
             CallCancelledError: ``stop()`` was called meanwhile.
             PermissionDeniedError: A directory or file is out of this user's reach.
@@ -182,6 +203,7 @@ class Supervisor:
                     f"cannot start containerd at {self._address}: it is {self._phase.value} already"
                 )
             self._phase, self._actor, self._cancelled = _Phase.STARTING, threading.get_ident(), False
+            self._failure = None
         try:
             with contextlib.ExitStack() as undo:
                 self._bring_up(undo)
@@ -194,43 +216,23 @@ class Supervisor:
             raise
 
     def wait_serving(self, timeout: float | None = None) -> None:
-        """Wait until containerd answers a health check; fails at once when it ends.
+        """Wait until containerd answers a health check, also through its restarts; fails at once when it is given up.
 
         Args:
             timeout: Seconds; None: the option ``start_timeout``.
 
         Raises:
             FailedPreconditionError: It has not been started.
-            SystemFailureError: containerd ended; the message has its exit code and the end of its log.
+            SystemFailureError: It ended in its start, or was given up; the message has the end of its log.
             DeadlineExceededError: It did not serve in time; the message has the end of its log.
             CallCancelledError: ``stop()`` was called.
         """
-        timeout = self._options.start_timeout if timeout is None else timeout
-        deadline = Deadline(timeout)
-        news = threading.Event()
-        with self._changed:
-            if self._phase is _Phase.IDLE:
-                raise FailedPreconditionError(
-                    f"cannot wait for containerd at {self._address}: it is not started"
-                )
-            self._waiters.add(news)
-        try:
-            trouble, attempt = "nobody listens there", 0
-            while trouble:
-                pause = _PROBE_PAUSES[min(attempt, len(_PROBE_PAUSES) - 1)]
-                attempt += 1
-                self._wait(news, min(pause, deadline.remaining()))
-                if not (left := deadline.remaining()):
-                    raise DeadlineExceededError(
-                        f"containerd does not serve at {self._address} after {timeout:g} s: {trouble}"
-                        f"{self._log_in_error()}"
-                    )
-                # A channel that finds no socket waits before it tries again, longer than containerd takes to start.
-                if claim.answers(self._address):
-                    trouble = self._probe(news, min(left, _PROBE_TIMEOUT))
-        finally:
-            with self._changed:
-                self._waiters.discard(news)
+        seconds = self._options.start_timeout if timeout is None else timeout
+        deadline = Deadline(seconds)
+        if self._phase is _Phase.IDLE:
+            raise FailedPreconditionError(f"cannot wait for containerd at {self._address}: it is not started")
+        with self._news() as news:
+            self._await_serving(news, deadline, f"{seconds:g} s", child=None)
 
     def stop(self) -> None:
         """Stop containerd: SIGTERM, after ``stop_timeout`` seconds SIGKILL. Its containers go on running.
@@ -292,20 +294,23 @@ class Supervisor:
             doing = f"start {binary}"
             log = Log()
             undo.callback(log.close)
-            child = Child([binary, "--config", self._configuration_file], variables, log, self._note_exit)
-            undo.callback(child.stop, self._options.stop_timeout)
-            with self._changed:
-                self._log, self._child = log, child
             undo.callback(atexit.unregister, atexit.register(self.stop))
-            child.start()
-            doing = f"write {self._pid_file}"
-            claim.write_pid_file(self._pid_file, child.pid)
+            self._log = log
         except (
             OSError,
             RuntimeError,
         ) as error:  # RuntimeError is what threading raises where no thread can be made
             raise _failure(doing, error) from error
-        self.wait_serving()
+        undo.callback(self._end_child)
+        command = _Command([binary, "--config", self._configuration_file], variables, log)
+        with self._news() as news:
+            self._launch(command, news)
+        thread = watcher(partial(self._watch, command))
+        undo.callback(self._end_watcher, thread)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise _failure("watch over containerd", error) from error
 
     def _claim(self, undo: contextlib.ExitStack) -> None:
         """Make the directories and take them, and see that nobody has the sockets."""
@@ -315,11 +320,39 @@ class Supervisor:
         for directory in (self._state_dir, self._root_dir):
             lock = claim.DirectoryLock(directory)
             undo.callback(lock.release)
-            with self._changed:
-                self._locks.append(lock)
+            self._locks.append(lock)
         claim.await_predecessor(self._pid_file, self._configuration_file)
         for path in self._sockets:
             claim.refuse_taken(path)
+
+    def _launch(self, command: _Command, news: threading.Event) -> None:
+        """Run containerd and wait until it serves; one that does not is ended."""
+        self._refuse_cancelled()
+        self._child = child = Child(command.arguments, command.environment, command.log, self._note_exit)
+        timeout = self._options.start_timeout
+        doing = f"start {command.arguments[0]}"
+        try:
+            child.start()
+            doing = f"write {self._pid_file}"
+            claim.write_pid_file(self._pid_file, child.pid)
+            self._await_serving(news, Deadline(timeout), f"{timeout:g} s", child)
+            # Until now it may have been what launches containerd, and no more.
+            claim.write_pid_file(self._pid_file, child.pid)
+        except BaseException as error:
+            child.stop(self._options.stop_timeout)
+            if isinstance(error, OSError | RuntimeError) and not isinstance(error, LibcontainerdError):
+                raise _failure(doing, error) from error
+            raise
+
+    def _end_watcher(self, thread: threading.Thread) -> None:
+        self._cancelled = True
+        self._announce()
+        if thread.ident is not None:
+            thread.join()
+
+    def _end_child(self) -> None:
+        if self._child:
+            self._child.stop(self._options.stop_timeout)
 
     def _become_idle(self) -> None:
         with self._changed:
@@ -330,11 +363,9 @@ class Supervisor:
             self._changed.notify_all()
 
     def _note_exit(self, child: Child) -> None:
-        with self._changed:
-            expected = self._cancelled or self._phase is not _Phase.RUNNING
-            log = self._log
-            self._announce()
-        if log and child.pid:
+        expected = self._cancelled or self._phase is not _Phase.RUNNING
+        self._announce()
+        if (log := self._log) and child.pid:
             log.event(
                 "info" if expected else "error", "containerd_exited", pid=child.pid, exit_code=child.exit_code
             )
@@ -348,15 +379,100 @@ class Supervisor:
         self._undo.pop_all()
         self._reset()
 
+    # ------------------------------------------------------------------------------------------------ kept running
+
+    def _watch(self, command: _Command) -> None:
+        """Keep it running until it is stopped or given up; on a thread of its own."""
+        reason = ""
+        with self._news() as news:
+            try:
+                self._keep_running(command, news)
+            except CallCancelledError:
+                return
+            except LibcontainerdError as error:
+                reason = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, nobody watches any more, and that is to be told
+                reason = f"cannot watch over containerd: {error!r}"
+        command.log.event("error", "containerd_given_up", error=reason)
+        self._failure = SystemFailureError(reason)
+        self._announce()
+
+    def _keep_running(self, command: _Command, news: threading.Event) -> None:
+        attempt = 0
+        while True:
+            served_since = time.monotonic()
+            self._check_until_it_ends(command.log, news)
+            if time.monotonic() - served_since >= _LASTING:
+                attempt = 0
+            trouble = f"it {self._child.ending}{self._log_in_error()}" if self._child else ""
+            while trouble:
+                self._wait(news, min(_BACKOFF_FIRST * (2**attempt - 1), _BACKOFF_MOST))
+                if attempt >= self._options.restart_attempts:
+                    raise SystemFailureError(
+                        f"containerd at {self._address} is given up after {attempt} attempts to start it again: {trouble}"
+                    )
+                attempt += 1
+                command.log.event("warning", "containerd_restarting", attempt=attempt)
+                try:
+                    self._launch(command, news)
+                except CallCancelledError:
+                    raise
+                except LibcontainerdError as error:
+                    trouble = str(error)
+                else:
+                    trouble = ""
+            command.log.event("info", "containerd_restarted", pid=self.pid)
+
+    def _check_until_it_ends(self, log: Log, news: threading.Event) -> None:
+        """Check its health twice a second, and end it when it hangs."""
+        child = self._child
+        failures = 0
+        with Health(self._address) as health:
+            while child and not child.exited:
+                begun = time.monotonic()
+                timeout = self._options.health_timeout
+                trouble = self._probe(health, news, timeout, child)
+                if not trouble:
+                    failures = 0
+                elif time.monotonic() - begun < timeout + _LATENESS:
+                    failures += 1
+                if failures >= _CHECKS_UNTIL_HUNG and not child.exited:
+                    self._end_hung(child, log, news, trouble)
+                elif not child.exited:
+                    self._wait(news, _CHECK_INTERVAL)
+
+    def _end_hung(self, child: Child, log: Log, news: threading.Event, trouble: str) -> None:
+        log.event("error", "containerd_hung", pid=child.pid, trouble=trouble)
+        told = log.expect(_STACKS_END)
+        child.ask_for_stacks()
+        deadline = Deadline(_STACKS_TIMEOUT)
+        while deadline.remaining() and not told.is_set() and not child.exited:
+            self._wait(news, 0.02)
+        child.kill()
+        while (
+            not child.exited
+        ):  # stuck in the kernel, with our files and sockets: there can be no other beside it
+            self._wait(news, _CHECK_INTERVAL)
+
     # ---------------------------------------------------------------------------------------------------- waiting
 
+    @contextlib.contextmanager
+    def _news(self) -> Iterator[threading.Event]:
+        """An event that is set when a child has ended, when it is given up, and when it is stopped."""
+        news = threading.Event()
+        self._waiters.add(news)
+        try:
+            yield news
+        finally:
+            self._waiters.discard(news)
+
     def _announce(self) -> None:
-        """Wake everybody in `wait_serving`. The caller holds the lock."""
-        for news in self._waiters:
+        """Wake everybody who waits for news."""
+        for news in list(self._waiters):
             news.set()
 
     def _refuse_cancelled(self) -> None:
-        """Raise once `stop` has been called, or `start` has failed. The caller holds the lock."""
+        """Raise once `stop` has been called, or `start` has failed."""
         if self._cancelled or self._phase is _Phase.IDLE:
             raise CallCancelledError(f"containerd at {self._address} was stopped while it was waited for")
 
@@ -365,62 +481,64 @@ class Supervisor:
         news.wait(seconds)
         # Cleared before the look: what happens after it sets the event again.
         news.clear()
-        with self._changed:
-            self._refuse_cancelled()
-            child = self._child
+        self._refuse_cancelled()
+
+    def _await_serving(
+        self, news: threading.Event, deadline: Deadline, timeout: str, child: Child | None
+    ) -> None:
+        """Wait until it serves: this run of it, or, without a child, whichever comes to.
+
+        Raises:
+            SystemFailureError: The run has ended, or it was given up.
+            DeadlineExceededError: The deadline has passed.
+            CallCancelledError: It was stopped.
+        """
+        trouble, attempt = "nobody listens there", 0
+        while trouble:
+            pause = _PROBE_PAUSES[min(attempt, len(_PROBE_PAUSES) - 1)]
+            attempt += 1
+            self._wait(news, min(pause, deadline.remaining()))
+            self._refuse_ended(child)
+            if not (left := deadline.remaining()):
+                raise DeadlineExceededError(
+                    f"containerd does not serve at {self._address} after {timeout}: {trouble}{self._log_in_error()}"
+                )
+            # A channel that finds no socket waits before it tries again, longer than containerd takes to start.
+            if claim.answers(self._address):
+                with Health(self._address) as health:
+                    trouble = self._probe(health, news, min(left, _PROBE_TIMEOUT), child)
+                self._refuse_ended(child)
+
+    def _refuse_ended(self, child: Child | None) -> None:
         if child and child.exited:
             raise SystemFailureError(
                 f"containerd (process {child.pid}) {child.ending} before it served at {self._address}"
                 f"{self._log_in_error()}"
             )
+        if child is None and self._failure:
+            raise SystemFailureError(str(self._failure))
 
-    def _probe(self, news: threading.Event, timeout: float) -> str:
-        """Ask once, and return what is wrong, or nothing."""
-        check = _HealthCheck(self._address, timeout, news.set)
-        try:
-            # The call ends by its own timeout; a second more is for its end to reach us.
-            deadline = Deadline(timeout + 1.0)
-            while not check.finished():
-                if not deadline.remaining():
-                    return "the health check has no answer"
-                self._wait(news, deadline.remaining())
-            return check.trouble()
-        finally:
-            check.close()
+    def _probe(self, health: Health, news: threading.Event, timeout: float, child: Child | None) -> str:
+        """Ask once, and return what is wrong, or nothing; returns early when the child has ended."""
+        question = health.ask(timeout, news.set)
+        # The question ends by its own timeout; a second more is for its end to reach us.
+        deadline = Deadline(timeout + 1.0)
+        while not question.finished() and deadline.remaining() and not (child and child.exited):
+            self._wait(news, deadline.remaining())
+        return question.trouble()
 
     def _log_in_error(self) -> str:
         lines = self.log_tail()[-_LINES_IN_ERROR:]
         return "\nthe end of its log:\n  " + "\n  ".join(lines) if lines else "; it logged nothing"
 
 
-class _HealthCheck:
-    """One health check under way. `done` is called on a thread of grpcio's when it has its answer."""
+@dataclass(frozen=True)
+class _Command:
+    """What runs containerd."""
 
-    def __init__(self, address: str, timeout: float, done: Callable[[], None]) -> None:
-        self._channel = open_channel(Address(address, with_credentials=False))
-        check = self._channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        self._call = check.future(health_pb2.HealthCheckRequest(), timeout=timeout)
-        self._call.add_done_callback(lambda _: done())
-
-    def finished(self) -> bool:
-        return self._call.done()
-
-    def trouble(self) -> str:
-        """Return what is wrong, or nothing. Only for one that has finished."""
-        try:
-            status = self._call.result().status
-        except grpc.RpcError as error:
-            return f"the health check got {error.code().name}: {error.details()}"
-        if status == health_pb2.HealthCheckResponse.SERVING:
-            return ""
-        return f"the health check got {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}"
-
-    def close(self) -> None:
-        self._channel.close()
+    arguments: list[str]
+    environment: dict[str, str]
+    log: Log
 
 
 def _failure(doing: str, error: Exception) -> LibcontainerdError:

@@ -1,4 +1,4 @@
-"""One child process that dies with us, and its log on the way to ours."""
+"""One child process that dies with us: its log on the way to ours, its health, and the thread that watches over it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ import threading
 from collections import deque
 from typing import IO, TYPE_CHECKING, Final
 
+import grpc
 import structlog
+from grpc_health.v1 import health_pb2
+
+from libcontainerd._wire.connection import Address, open_channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import Self
 
 _logger = structlog.get_logger("libcontainerd")
 
@@ -66,12 +71,13 @@ class Log:
     """Takes lines and never waits; a thread of its own hands them on, and a consumer that hangs stops nobody."""
 
     def __init__(self) -> None:
-        # Guards the four below. A leaf: nothing else is taken or called while it is held.
+        # Guards the five below. A leaf: nothing else is taken or called while it is held.
         self._changed = threading.Condition()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._waiting: deque[tuple[str, str, dict[str, object]]] = deque()
         self._dropped = 0
         self._closed = False
+        self._awaited: tuple[str, threading.Event] | None = None
         self._thread = threading.Thread(target=self._hand_on, name="containerd-log", daemon=True)
         self._thread.start()
 
@@ -80,6 +86,8 @@ class Log:
         level = _LEVEL.search(line)
         with self._changed:
             self._tail.append(line)
+            if self._awaited and self._awaited[0] in line:
+                self._awaited[1].set()
         self.event(_METHODS.get(level[1], "info") if level else "info", "containerd_log", line=line)
 
     def event(self, method: str, event: str, **fields: object) -> None:
@@ -90,6 +98,13 @@ class Log:
                 self._dropped += 1
             self._waiting.append((method, event, fields))
             self._changed.notify()
+
+    def expect(self, text: str) -> threading.Event:
+        """Return what is set when a line with `text` comes; the next call replaces it."""
+        came = threading.Event()
+        with self._changed:
+            self._awaited = text, came
+        return came
 
     def tail(self) -> tuple[str, ...]:
         """Return the last lines of containerd's, 200 at most."""
@@ -224,11 +239,20 @@ class Child:
         finally:
             if not self.exited:
                 self._log.event("warning", "containerd_killed", pid=self.pid, grace=grace)
-                self._signal(signal.SIGKILL)
-                if not self._exited.wait(_KILL_TIMEOUT):
-                    self._log.event("error", "containerd_not_killed", pid=self.pid)
+                self.kill()
         if self.exited:
             self._thread.join()
+
+    def ask_for_stacks(self) -> None:
+        """Have it write its goroutines' stacks to its log; one that is stopped is let go on for that."""
+        self._signal(signal.SIGUSR1)
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Kill it, and wait until it is gone; one that is stuck in the kernel is said in the log and left."""
+        self._signal(signal.SIGKILL)
+        if not self._exited.wait(_KILL_TIMEOUT):
+            self._log.event("error", "containerd_not_killed", pid=self.pid)
 
     def forget(self) -> None:
         """In a forked process: it is the parent's child, and this copy must not look for it."""
@@ -300,3 +324,60 @@ class Child:
             elif handle in ready:
                 break
         lines.finish()
+
+
+class Health:
+    """A channel to the health service of one containerd. For use in a `with`, by one thread."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(Address(address, with_credentials=False))
+        self._check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def ask(self, timeout: float, done: Callable[[], None]) -> Question:
+        """Begin a check. One who is not there yet is waited for.
+
+        Args:
+            timeout: Seconds until it fails.
+            done: Called on a thread of grpcio's when it has finished.
+        """
+        call = self._check.future(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
+        call.add_done_callback(lambda _: done())
+        return Question(call)
+
+
+class Question:
+    """A check under way."""
+
+    def __init__(self, call: grpc.CallFuture[health_pb2.HealthCheckResponse]) -> None:
+        self._call = call
+
+    def finished(self) -> bool:
+        """Whether it has an answer, or will have none."""
+        return self._call.done()
+
+    def trouble(self) -> str:
+        """Return what is wrong, or nothing."""
+        if not self._call.done():
+            return "the health check has no answer"
+        try:
+            status = self._call.result().status
+        except grpc.RpcError as error:
+            return f"the health check got {error.code().name}: {error.details()}"
+        if status == health_pb2.HealthCheckResponse.SERVING:
+            return ""
+        return f"the health check got {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}"
+
+
+def watcher(watch: Callable[[], None]) -> threading.Thread:
+    """Make the thread that checks the health and starts another child when one has ended."""
+    return threading.Thread(target=watch, name="containerd-watcher", daemon=True)

@@ -38,8 +38,8 @@ class DirectoryLock:
             if not isinstance(error, BlockingIOError):
                 raise
             raise ConflictError(
-                f"cannot run containerd: another supervisor uses {directory} (it has locked {path}); stop it, or use"
-                " other directories"
+                f"cannot run containerd: another supervisor uses {directory} (it has locked {path}); stop it, use"
+                " other directories, or connect to the containerd that it runs"
             ) from error
 
     def release(self) -> None:
@@ -118,18 +118,18 @@ def _is_socket(path: str) -> bool:
 
 
 def write_pid_file(path: str, pid: int) -> None:
-    """Record a process by its pid and its start time, by which it can be told from a later one of the same pid."""
+    """Record a process: its pid, and its start time and executable, by which it is told from a later one of that pid."""
     # One that is gone has none, and whoever waits for it will say so better.
     if started := _start_time(pid):
-        write(path, f"{pid}\n{started}\n".encode(), 0o644)
+        write(path, f"{pid}\n{started}\n{_executable(pid) or '-'}\n".encode(), 0o644)
 
 
 def await_predecessor(pid_file: str, configuration_file: str) -> None:
     """Refuse where the containerd of an earlier supervisor is still alive.
 
     The kernel kills it with its supervisor, but not in the same instant: who restarts a crashed program at once waits
-    here for a moment. A pid alone is never trusted: a process is containerd's only if it started when the file says and
-    was given our configuration. The caller holds the directory's lock.
+    here for a moment. A pid alone is never trusted: a process is containerd's only if it started when the file says, runs
+    the executable that the file says, and was given our configuration. The caller holds the directory's lock.
 
     Raises:
         ConflictError: It goes on living.
@@ -137,18 +137,22 @@ def await_predecessor(pid_file: str, configuration_file: str) -> None:
     """
     try:
         with open(pid_file, encoding="utf-8", errors="replace") as file:
-            recorded = re.fullmatch(r"([1-9]\d{0,8})\n(\d+)\n", file.read(64), re.ASCII)
+            recorded = re.fullmatch(r"([1-9]\d{0,8})\n(\d+)\n(-|\d+:\d+)\n", file.read(128), re.ASCII)
     except FileNotFoundError:
         return
     if recorded is None:
         return
-    pid, started = int(recorded[1]), recorded[2]
+    pid, started, executable = int(recorded[1]), recorded[2], recorded[3]
     try:
         process = os.pidfd_open(pid)
     except OSError:  # gone, or a thread's id by now
         return
     try:
-        ours = _start_time(pid) == started and _may_have_been_given(pid, configuration_file)
+        ours = (
+            _start_time(pid) == started
+            and executable in ("-", _executable(pid) or executable)
+            and _may_have_been_given(pid, configuration_file)
+        )
         if ours and not _ends_soon(process):
             raise ConflictError(
                 f"cannot run containerd: the one of an earlier supervisor, process {pid}, still runs with"
@@ -169,6 +173,15 @@ def _start_time(pid: int) -> str | None:
             return file.read().rpartition(")")[2].split()[19]
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def _executable(pid: int) -> str | None:
+    """The device and inode of what a process runs, also when the file has been replaced since; None if it is dying."""
+    try:
+        file = os.stat(f"/proc/{pid}/exe")
+    except OSError:
+        return None
+    return f"{file.st_dev}:{file.st_ino}"
 
 
 def _may_have_been_given(pid: int, argument: str) -> bool:

@@ -52,6 +52,10 @@ class Options:
         environment: Variables added to the child's environment, which is this process's without ``NOTIFY_SOCKET``.
         start_timeout: Seconds until it must serve. 70 to 315 ms are usual, 2 s where a dead shim is found.
         stop_timeout: Seconds between SIGTERM and SIGKILL.
+        health_timeout: Seconds that it may take to answer a health check. They come 0.5 s apart, and after three in a
+            row without an answer it is killed and started again. A machine that is merely slow must not look dead.
+        restart_attempts: How many starts in a row may fail, or not last for 10 s, before it is given up. The pauses
+            between them double, up to 30 s; by default that is a minute and a half in all.
 
     Raises:
         InvalidParameterError: A value cannot be used.
@@ -70,6 +74,8 @@ class Options:
     environment: Mapping[str, str] = field(default_factory=dict)
     start_timeout: float = 30.0
     stop_timeout: float = 15.0
+    health_timeout: float = 5.0
+    restart_attempts: int = 10
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -94,9 +100,12 @@ class Options:
             # The largest one means "no change" to chown(2).
             if number is not None and not 0 <= number < 2**32 - 1:
                 raise invalid(f"{name} {number} is no user or group id")
-        for name, seconds in (("start_timeout", self.start_timeout), ("stop_timeout", self.stop_timeout)):
+        for name in ("start_timeout", "stop_timeout", "health_timeout"):
+            seconds = getattr(self, name)
             if not (seconds > 0 and math.isfinite(seconds)):
                 raise invalid(f"{name} must be a number of seconds above 0, not {seconds}")
+        if self.restart_attempts < 0:
+            raise invalid(f"restart_attempts {self.restart_attempts} is no count")
 
 
 def invalid(reason: str) -> InvalidParameterError:

@@ -158,13 +158,18 @@ def test_an_earlier_containerd_that_is_about_to_die_is_waited_for(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "recorded", ["", "x", "0\n1\n", "-1\n1\n", "99999999999\n1\n", "{pid}\n", "{pid}\n1\n"]
+    "recorded",
+    [
+        *("", "x", "0\n1\n-\n", "-1\n1\n-\n", "99999999999\n1\n-\n"),
+        *("{pid}\n", "{pid}\n{started}\n", "{pid}\n1\n-\n", "{pid}\n{started}\n1:1\n"),
+    ],
 )
 def test_a_pid_file_that_names_no_containerd_of_ours_is_not_believed(tmp_path: Path, recorded: str) -> None:
     configuration = str(tmp_path / "containerd.toml")
-    # The last two name a live process, but not when it started, or wrongly.
+    # The last four name a live process, but lack when it started or what it runs, or say it wrongly.
     with process_given("--config", configuration) as process:
-        (tmp_path / "pid").write_text(recorded.format(pid=process.pid))
+        started = claim._start_time(process.pid)
+        (tmp_path / "pid").write_text(recorded.format(pid=process.pid, started=started))
 
         claim.await_predecessor(str(tmp_path / "pid"), configuration)
 

@@ -33,6 +33,8 @@ def configured(options: Options, *, debug_address: str = "") -> dict[str, object
         ({"start_timeout": 0.0}, "start_timeout"),
         ({"stop_timeout": float("nan")}, "stop_timeout"),
         ({"start_timeout": float("inf")}, "start_timeout"),
+        ({"health_timeout": 0.0}, "health_timeout"),
+        ({"restart_attempts": -1}, "restart_attempts -1"),
         ({"binary": ""}, "binary is empty"),
         ({"metrics_address": "localhost"}, "metrics_address 'localhost'"),
         ({"snapshotter": "over layfs"}, "snapshotter"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+import libcontainerd.supervisor as supervising
 from libcontainerd.errors import (
     CallCancelledError,
     ConflictError,
@@ -28,12 +29,18 @@ from libcontainerd.errors import (
     SystemFailureError,
 )
 from libcontainerd.supervisor import Options, Supervisor, claim
+from libcontainerd.supervisor.child import Child, Health
 
-# Answers health checks at the address in its configuration. STATUS is what it answers; SIGTERM may be ignored.
+# Answers health checks at the address in its configuration. STATUS is what it answers; SIGTERM may be ignored. SIGUSR1 makes
+# it write what containerd writes.
 SERVING = """\
 import os, signal, sys, threading, tomllib
 if os.environ.get("IGNORE_SIGTERM"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if not os.environ.get("IGNORE_SIGUSR1"):
+    signal.signal(signal.SIGUSR1, lambda *_: print("=== END goroutine stack dump ===", flush=True))
+else:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -63,6 +70,17 @@ time.sleep(60)
 
 NEVER = "import time; print('still loading', flush=True); time.sleep(60)"
 DIES = "import sys; print('level=error msg=\"no space\"', file=sys.stderr); sys.exit(3)"
+
+# Serves once, and not again.
+ONCE = (
+    """\
+import os, sys
+if os.path.exists(sys.argv[0] + ".ran"):
+    sys.exit("level=error msg=\\"no space left\\"")
+open(sys.argv[0] + ".ran", "w").close()
+"""
+    + SERVING
+)
 
 Make = Callable[..., Supervisor]
 
@@ -95,7 +113,7 @@ def make(short_path: Path, no_leaks: None) -> Iterator[Make]:
 
 
 def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.005)
@@ -290,21 +308,206 @@ def test_one_that_ignores_sigterm_is_killed_after_the_grace(make: Make, short_pa
     assert left_in(short_path / "state") == {"containerd.lock"}
 
 
-def test_its_death_is_told_and_waiting_for_it_fails_at_once(make: Make) -> None:
+def kill(supervisor: Supervisor, number: signal.Signals = signal.SIGKILL) -> int:
+    """Send containerd a signal, and give its pid."""
+    pid = supervisor.pid
+    assert pid is not None
+    os.kill(pid, number)
+    return pid
+
+
+def await_restarts(events: list[structlog.typing.EventDict], count: int) -> None:
+    eventually(lambda: names(events).count("containerd_restarted") >= count)
+
+
+def checks_of(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keep what each health check finds."""
+    found: list[str] = []
+    probe = supervisor._probe
+
+    def kept(health: Health, news: threading.Event, timeout: float, child: Child | None) -> str:
+        found.append(probe(health, news, timeout, child))
+        return found[-1]
+
+    monkeypatch.setattr(supervisor, "_probe", kept)
+    return found
+
+
+def names(events: list[structlog.typing.EventDict]) -> list[str]:
+    return [event["event"] for event in events if event["event"] != "containerd_log"]
+
+
+def test_one_that_dies_is_started_again(make: Make, short_path: Path) -> None:
     supervisor = make(SERVING)
     with structlog.testing.capture_logs() as events:
         supervisor.start()
-        pid = supervisor.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: supervisor.pid is None)
-        with pytest.raises(SystemFailureError, match="was killed by SIGKILL"):
-            supervisor.wait_serving(20)
+        for number in range(2):
+            kill(supervisor)
+            await_restarts(events, number + 1)
+            assert (short_path / "state/containerd.pid").read_text().startswith(f"{supervisor.pid}\n")
         with pytest.raises(ConflictError, match="running already"):
             supervisor.start()
+        assert supervisor.failure is None
         supervisor.stop()
 
-    assert [event["log_level"] for event in events if event["event"] == "containerd_exited"] == ["error"]
+    one = ["containerd_exited", "containerd_restarting", "containerd_restarted"]
+    assert names(events) == [*one, *one, "containerd_exited"]
+    exits = [event["log_level"] for event in events if event["event"] == "containerd_exited"]
+    assert exits == ["error", "error", "info"]
+    assert [event["attempt"] for event in events if event["event"] == "containerd_restarting"] == [1, 2]
+    assert left_in(short_path / "state") == {"containerd.lock"}
+
+
+def test_waiting_lasts_through_a_restart(make: Make) -> None:
+    supervisor = make(SERVING)
+    supervisor.start()
+    kill(supervisor, signal.SIGSTOP)
+    waited = in_thread(lambda: supervisor.wait_serving(20))
+    eventually(lambda: len(supervisor._waiters) == 2)
+    kill(supervisor)
+
+    assert waited() is None
+
+
+@pytest.mark.parametrize("deaf", ["", "1"])
+def test_one_that_hangs_says_its_stacks_and_is_started_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch, deaf: str
+) -> None:
+    monkeypatch.setattr(supervising, "_STACKS_TIMEOUT", 0.2 if deaf else 30.0)
+    supervisor = make(SERVING, health_timeout=1.0, environment={"IGNORE_SIGUSR1": deaf})
+    with structlog.testing.capture_logs() as events:
+        supervisor.start()
+        hung = kill(supervisor, signal.SIGSTOP)
+        await_restarts(events, 1)
+        supervisor.stop()
+
+    assert not Path(f"/proc/{hung}").exists()
+    told = [event for event in events if event.get("pid") == hung]
+    assert names(told) == ["containerd_hung", "containerd_exited"]
+    assert told[1]["exit_code"] == -signal.SIGKILL
+    assert "DEADLINE_EXCEEDED" in told[0]["trouble"]
+    stacks = [event for event in events if "END goroutine" in str(event.get("line"))]
+    assert bool(stacks) is not bool(deaf)
+
+
+def test_checks_that_came_late_themselves_count_for_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_LATENESS", -1000.0)
+    supervisor = make(SERVING, health_timeout=0.1, stop_timeout=0.1)
+    supervisor.start()
+    troubles = checks_of(supervisor, monkeypatch)
+    pid = kill(supervisor, signal.SIGSTOP)
+    eventually(lambda: len(list(filter(None, troubles))) > 6)
+
+    assert supervisor.pid == pid
+
+
+def test_one_that_cannot_be_started_again_is_given_up_with_the_end_of_its_log(
+    make: Make, short_path: Path
+) -> None:
+    supervisor = make(ONCE, restart_attempts=3)
+    with structlog.testing.capture_logs() as events:
+        supervisor.start()
+        kill(supervisor)
+        eventually(lambda: supervisor.failure)
+        with pytest.raises(SystemFailureError, match="given up") as caught:
+            supervisor.wait_serving(20)
+        assert supervisor.pid is None
+        supervisor.stop()
+
+    assert str(caught.value) == str(supervisor.failure)
+    assert re.search(
+        r"(?s)after 3 attempts .* exited with code 1 before .*the end of its log:\n.*no space left",
+        str(caught.value),
+    )
+    assert [event["attempt"] for event in events if event["event"] == "containerd_restarting"] == [1, 2, 3]
+    assert names(events)[-1] == "containerd_given_up"
+    assert left_in(short_path / "state") == {"containerd.lock"}
+
+    Path(supervisor._options.binary + ".ran").unlink()
+    supervisor.start()
+    assert supervisor.failure is None
+
+
+def test_one_that_never_lasts_is_given_up(make: Make) -> None:
+    supervisor = make(SERVING, restart_attempts=1)
+    with structlog.testing.capture_logs() as events:
+        supervisor.start()
+        kill(supervisor)
+        await_restarts(events, 1)
+        kill(supervisor)
+        eventually(lambda: supervisor.failure)
+
+    assert re.search(r"after 1 attempts .*: it was killed by SIGKILL", str(supervisor.failure))
+
+
+def test_one_that_has_lasted_is_started_again_as_often_as_it_takes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_LASTING", 0.0)
+    supervisor = make(SERVING, restart_attempts=1)
+    with structlog.testing.capture_logs() as events:
+        supervisor.start()
+        for number in range(3):
+            kill(supervisor)
+            await_restarts(events, number + 1)
+
+    assert supervisor.failure is None
+
+
+def test_a_stop_between_two_attempts_is_not_held_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "_BACKOFF_FIRST", 1000.0)
+    monkeypatch.setattr(supervising, "_BACKOFF_MOST", 1000.0)
+    supervisor = make(ONCE)
+    supervisor.start()
+    kill(supervisor)
+    eventually(lambda: any("no space left" in line for line in supervisor.log_tail()))
+    supervisor.stop()
+
+    assert (supervisor.pid, supervisor.failure) == (None, None)
+
+
+def test_a_watch_that_fails_is_a_failure_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = make(SERVING)
+    supervisor.start()
+
+    def fail(*_: object) -> str:
+        raise ZeroDivisionError("how odd")
+
+    monkeypatch.setattr(supervisor, "_probe", fail)
+    eventually(lambda: supervisor.failure)
+
+    assert "cannot watch over containerd: ZeroDivisionError" in str(supervisor.failure)
+
+
+def test_it_outlives_the_thread_that_started_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = make(SERVING)
+    assert in_thread(supervisor.start)() is None
+    pid = supervisor.pid
+    checks = checks_of(supervisor, monkeypatch)
+    eventually(lambda: len(checks) >= 2)
+
+    assert (supervisor.pid, set(checks)) == (pid, {""})
+
+
+def test_stop_from_a_signal_handler_does_not_wait_for_what_it_interrupted(make: Make) -> None:
+    supervisor = make(SERVING)
+    supervisor.start()
+    stopped: list[bool] = []
+
+    def stop(*_: object) -> None:
+        supervisor.stop()
+        stopped.append(True)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with supervisor._changed:  # as where the signal comes in the middle of one of its methods
+            os.kill(os.getpid(), signal.SIGUSR1)
+            eventually(lambda: stopped)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert supervisor.pid is None
 
 
 def test_waiting_needs_a_start_and_ends_with_a_stop(make: Make) -> None:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 _CHUNK: Final = 32 << 10
 _END_SECONDS: Final = 5.0
+_SHORTEST_LIFE_SECONDS: Final = 0.03
+"""No end is told sooner: runc never is that quick, and ctr lets go of FIFOs that it is still opening when the end comes."""
+
 _SHELL: Final = "/bin/sh"
 _MARKER: Final = "LIBCONTAINERD_FAKE"
 # The process exists from Create on, and runs from Start on: it stops itself until then, under the pid that it keeps.
@@ -125,8 +128,8 @@ class HostProcess:
         self._init = init
         self._stdio = stdio
         self._on_exit = on_exit
-        self._reported = False
-        self._silent = False
+        self._began = time.monotonic()
+        self._over = threading.Event()
         self._lock = (
             threading.Lock()
         )  # guards _reaped and _master against a signal or a size to what is no longer ours; innermost
@@ -261,6 +264,7 @@ class HostProcess:
 
     def start(self) -> None:
         """Let it run."""
+        self._began = time.monotonic()
         self._send(self.pid, signal.SIGCONT)
 
     def _wait(self) -> None:
@@ -269,7 +273,7 @@ class HostProcess:
         with self._lock:
             self._reaped = True
         code = self._popen.wait()
-        if not self._silent:
+        if not self._over.wait(self._began + _SHORTEST_LIFE_SECONDS - time.monotonic()):
             self._on_exit(128 - code if code < 0 else code)
 
     def _send(self, pid: int, number: int) -> None:
@@ -325,7 +329,7 @@ class HostProcess:
         """End it, stop the copying, and close every descriptor; idempotent."""
         if not self._released.acquire(blocking=False):
             return
-        self._silent = True
+        self._over.set()
         self._signal_all(signal.SIGKILL)
         if threading.current_thread() is not self._waiter:
             self._waiter.join(_END_SECONDS)

@@ -19,7 +19,7 @@ help: ## list the chores
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
-setup: ## make .venv and install containerd, runc and busybox-static where root may and they are missing
+setup: ## make .venv and install containerd, runc, crun and busybox-static where root may and they are missing
 	@tools/setup.sh venv
 	@tools/setup.sh servers
 
@@ -44,6 +44,14 @@ SECONDS := 60
 fuzz: setup ## feed what reads from outside with hostile bytes for SECONDS=60, by atheris where it installs
 	@tools/setup.sh fuzz
 	@$(PYTHON) tools/fuzz.py $(SECONDS)
+
+.PHONY: matrix
+matrix: setup ## run contract and integration tests on containerd 1.6, 1.7 and 2.x of Debian, and print the table
+	@$(PYTHON) -m tools.matrix bookworm trixie sid
+
+.PHONY: matrix-newest
+matrix-newest: setup ## the same on the newest alone
+	@$(PYTHON) -m tools.matrix sid
 
 .PHONY: oldest
 oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic

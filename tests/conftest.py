@@ -139,6 +139,14 @@ def containerd_binary(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def release(containerd_binary: Path, pytestconfig: pytest.Config) -> tuple[int, int]:
+    """That containerd's major and minor version, for what differs: `release >= (1, 7)`."""
+    found = pytestconfig.stash[_found].containerd
+    assert found is not None
+    return found.release
+
+
+@pytest.fixture(scope="session")
 def rootfs(pytestconfig: pytest.Config) -> Iterator[Path]:
     """A root filesystem of one static busybox: every applet in /bin, and the directories that mounts go to.
 

@@ -17,6 +17,7 @@ CHOSEN = "LIBCONTAINERD_TEST_CONTAINERD"
 # A root shell opened with plain `su` has no sbin in its PATH, and runc lives there.
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _VERSION = re.compile(r"\bv?(\d+\.\d+[\w.~+-]*)")
+_RELEASE = re.compile(r"v?(\d+)\.(\d+)")
 _ELF64_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PT_INTERP = 3
 
@@ -27,6 +28,11 @@ class Program:
 
     path: Path
     version: str
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version: (1, 6)."""
+        return release_of(self.version)
 
     def __str__(self) -> str:
         return f"{self.path.name} {self.version} ({self.path})"
@@ -81,6 +87,12 @@ def find() -> Servers:
     if os.geteuid() != 0:
         reasons.append("not root")
     return Servers(containerd, runc, busybox, "; ".join(reasons))
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """Return a version's major and minor number."""
+    numbers = _RELEASE.match(version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def is_static(program: Path) -> bool:

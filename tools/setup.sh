@@ -4,7 +4,7 @@
 #   tools/setup.sh venv       .venv: the newest fitting Python, constraints/newest.txt, this project editable
 #   tools/setup.sh oldest     .venv-oldest: Python 3.11, constraints/oldest.txt, what the unit tests need
 #   tools/setup.sh fuzz       atheris into .venv, where there is a build of it for this Python
-#   tools/setup.sh servers    containerd, runc and a static busybox, from Debian's packages where root may
+#   tools/setup.sh servers    containerd, runc, crun and a static busybox, from Debian's packages where root may
 #   tools/setup.sh required   as servers, and fails where a real containerd cannot be run
 #   tools/setup.sh go         containerd's Go client, from Debian's packages: one test compares what it is answered
 set -euo pipefail
@@ -74,6 +74,10 @@ missing_servers() {
 
 setup_servers() {
     local required=$1 missing why=""
+    # The second runtime has tests of its own; everything else does without.
+    if ! command -v crun >/dev/null && is_root && has_apt; then
+        apt_install crun || say "apt-get could not install crun; tests that need it are skipped"
+    fi
     missing=$(missing_servers | paste -sd ' ')
     if [ -n "$missing" ] && is_root && has_apt; then
         # shellcheck disable=SC2086  # a list of names

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Final
 from libcontainerd import _cleanup as cleanup
 from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
-from libcontainerd._runtime import check_labels, mapped_root, options_for, read_facts, with_own_cgroup
+from libcontainerd._runtime import (
+    check_labels,
+    container_options,
+    mapped_root,
+    options_for,
+    read_facts,
+    with_own_cgroup,
+)
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
@@ -97,6 +104,7 @@ class Creator:
             terminal=bool(model.process is not None and model.process.terminal),
             owner=mapped_root(model),
             options=options,
+            runtime=runtime or self._runtime,
         )
         check_labels(labels or {})
         container = self._containers.reserve(container_id)
@@ -109,8 +117,8 @@ class Creator:
                     id=container_id,
                     labels={**(labels or {}), BUNDLE_LABEL: bundle.path},
                     runtime=containers_pb2.Container.Runtime(
-                        name=runtime or self._runtime,
-                        options=None if options is None else typeurl.pack(options),
+                        name=facts.runtime,
+                        options=container_options(facts.runtime, options),
                     ),
                     spec=typeurl.pack_json(typeurl.SPEC_URL, document),
                 )

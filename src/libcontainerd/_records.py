@@ -161,6 +161,7 @@ class SpecFacts:
     terminal: bool
     owner: tuple[int, int]
     options: Options | None
+    runtime: str = ""
 
 
 class Container:

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES
 from libcontainerd._records import SpecFacts
 from libcontainerd._wire import typeurl
+from libcontainerd._wire.pb.runc.linux_pb2 import CreateOptions, RuncOptions
 from libcontainerd._wire.pb.runc.options_pb2 import Options
 from libcontainerd.errors import InvalidParameterError, SystemFailureError
 
@@ -28,7 +29,10 @@ _NO_PIVOT_ROOT: Final = "DOCKER_RAMDISK"
 _NO_ID: Final = (1 << 32) - 1
 _SHOWN: Final = 40
 
-_RUNC: Final = re.compile(r"io\.containerd\.runc\.v[12]")
+_V1_LINUX: Final = "io.containerd.runtime.v1.linux"
+"""containerd's first shim for runc, in its releases before 2.0: it has messages of its own for the same options."""
+
+_RUNC: Final = re.compile(r"io\.containerd\.(runc\.v[12]|runtime\.v1\.linux)")
 
 
 def options_for(
@@ -96,7 +100,18 @@ def read_runtime_options(options: Message | Mapping[str, object] | None) -> Opti
     return read
 
 
-def task_options(options: Options | None, owner: tuple[int, int]) -> Any | None:
+def container_options(runtime: str, options: Options | None) -> Any | None:
+    """A container's options as its shim reads them; None where there are none."""
+    if options is None or runtime != _V1_LINUX:
+        return None if options is None else typeurl.pack(options)
+    return typeurl.pack(
+        RuncOptions(
+            runtime=options.binary_name, runtime_root=options.root, systemd_cgroup=options.systemd_cgroup
+        )
+    )
+
+
+def task_options(options: Options | None, owner: tuple[int, int], runtime: str = "") -> Any | None:
     """The options of a task, or None where the container's own say it all.
 
     containerd takes a task's options instead of its container's, not on top of them. So what they have in common is
@@ -105,8 +120,11 @@ def task_options(options: Options | None, owner: tuple[int, int]) -> Any | None:
     Args:
         options: The container's.
         owner: uid and gid of the container's root, to whom the process's pipes shall belong.
+        runtime: The container's shim.
     """
     no_pivot_root = bool(os.environ.get(_NO_PIVOT_ROOT))
+    if runtime == _V1_LINUX:
+        return _v1_task_options(options or Options(), owner, no_pivot_root)
     if owner == (0, 0) and not no_pivot_root:
         return None
     told = Options()
@@ -115,6 +133,21 @@ def task_options(options: Options | None, owner: tuple[int, int]) -> Any | None:
     told.io_uid, told.io_gid = owner
     told.no_pivot_root = told.no_pivot_root or no_pivot_root
     return typeurl.pack(told)
+
+
+def _v1_task_options(options: Options, owner: tuple[int, int], no_pivot_root: bool) -> Any | None:
+    """This shim takes some of what are a container's options elsewhere with the task alone."""
+    told = CreateOptions(
+        no_pivot_root=options.no_pivot_root or no_pivot_root,
+        no_new_keyring=options.no_new_keyring,
+        shim_cgroup=options.shim_cgroup,
+        io_uid=owner[0],
+        io_gid=owner[1],
+        criu_image_path=options.criu_image_path,
+        criu_work_path=options.criu_work_path,
+    )
+    # Where they can be spared: a containerd without this runtime would say that it does not know the message.
+    return None if told == CreateOptions() else typeurl.pack(told)
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -152,6 +185,11 @@ def read_facts(container: containers_pb2.Container) -> SpecFacts:
         options = None
         if typeurl.is_a(container.runtime.options, Options):
             options = typeurl.unpack(container.runtime.options, Options)
+        elif typeurl.is_a(container.runtime.options, RuncOptions):
+            old = typeurl.unpack(container.runtime.options, RuncOptions)
+            options = Options(
+                binary_name=old.runtime, root=old.runtime_root, systemd_cgroup=old.systemd_cgroup
+            )
     except typeurl.DecodeError as error:
         raise SystemFailureError(f"cannot {doing}: {error}") from error
     linux = _mapping(spec.get("linux"))
@@ -159,7 +197,10 @@ def read_facts(container: containers_pb2.Container) -> SpecFacts:
     if any(_mapping(each).get("type") == "user" for each in _list(linux.get("namespaces"))):
         owner = (_host_root(linux.get("uidMappings"), doing), _host_root(linux.get("gidMappings"), doing))
     return SpecFacts(
-        terminal=_mapping(spec.get("process")).get("terminal") is True, owner=owner, options=options
+        terminal=_mapping(spec.get("process")).get("terminal") is True,
+        owner=owner,
+        options=options,
+        runtime=container.runtime.name,
     )
 
 

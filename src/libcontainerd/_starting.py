@@ -47,7 +47,8 @@ class Starter:
         """Create and start a container's task; the pid of its init."""
         doing = f"start container {container_id!r}"
         container = self._containers.get(container_id, doing)
-        terminal = container.facts.terminal
+        facts = container.facts
+        terminal = facts.terminal
         with self._making(container, container.reserve_task, doing) as (calls, task):
             attached = self._attach(
                 container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
@@ -60,7 +61,7 @@ class Starter:
                     stdin=attached.stdin,
                     stdout=attached.stdout,
                     stderr=attached.stderr,
-                    options=task_options(container.facts.options, container.facts.owner),
+                    options=task_options(facts.options, facts.owner, facts.runtime),
                 ),
                 cut=self._cut,
                 doing=doing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import uuid
@@ -17,6 +16,7 @@ from libcontainerd import Client, Remote
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd
 from libcontainerd.testing.releases import RELEASES
+from tests import servers
 from tests.conftest import USED
 from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
@@ -48,16 +48,13 @@ def _fake(name: str, rootfs: Path) -> Iterator[Server]:
     ) as fake:
         if scripted:
             programs.script(fake)
-        yield Server(name, fake.address, rootfs, real=False)
+        yield Server(name, fake.address, rootfs, RELEASES[version].number, real=False)
 
 
 def fake_like(real: Server, runtime: str) -> str:
     """The name of a fake that behaves as a real containerd's release, or as the last before it that the fake knows."""
-    found = re.search(r"(\d+)\.(\d+)", real.name)
-    assert found is not None, real.name
-    number = int(found[1]), int(found[2])
     release = max(
-        (each for each in RELEASES.items() if each[1].number <= number), key=lambda each: each[1].number
+        (each for each in RELEASES.items() if each[1].number <= real.release), key=lambda each: each[1].number
     )
     return f"fake {release[0]}, {runtime} runtime"
 
@@ -71,8 +68,10 @@ def _real(binary: Path, rootfs: Path) -> Iterator[Server]:
             directory / "root", directory / "state", binary=str(binary), plugins=_NO_COLLECTION
         ) as remote:
             with remote.new_client("version") as client:
-                name = f"containerd {client.version().version}"
-            yield Server(name, remote.address, rootfs, real=True)
+                version = client.version().version
+            yield Server(
+                f"containerd {version}", remote.address, rootfs, servers.release_of(version), real=True
+            )
             wait_until(lambda: not shims_of(remote.address), "all shims have ended")
     finally:
         shutil.rmtree(directory)
@@ -122,7 +121,7 @@ def services(server: Server, namespace: str) -> Iterator[Services]:
     with grpc.insecure_channel(
         f"unix:{server.address}", options=(("grpc.default_authority", "localhost"),)
     ) as channel:
-        made = Services(channel, namespace, server.rootfs)
+        made = Services(channel, namespace, server.rootfs, server.release)
         try:
             yield made
         finally:

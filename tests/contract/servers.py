@@ -52,12 +52,14 @@ class Server:
         name: What it is called in test ids and in the summary.
         address: Where it listens.
         rootfs: What containers run on.
+        release: Major and minor version of the containerd that it is, or is like.
         real: It is containerd itself.
     """
 
     name: str
     address: str
     rootfs: Path
+    release: tuple[int, int]
     real: bool
 
 
@@ -75,11 +77,12 @@ class Refused:
 class Services(Raw):
     """Plain stubs of every service, in one namespace."""
 
-    def __init__(self, channel: grpc.Channel, namespace: str, rootfs: Path) -> None:
+    def __init__(self, channel: grpc.Channel, namespace: str, rootfs: Path, release: tuple[int, int]) -> None:
         super().__init__(channel, namespace)
         self.channel = channel
         self.namespace = namespace
         self.rootfs = rootfs
+        self.release = release
         self.content = content_pb2.ContentStub(channel)
         self.events = events_pb2.EventsStub(channel)
         self.images = images_pb2.ImagesStub(channel)
@@ -192,6 +195,12 @@ class Services(Raw):
                     self.call(self.snapshots.Remove, request)
                 except grpc.RpcError:
                     continue
+
+
+def label_too_long(services: Services) -> str:
+    """What a containerd says of the label "k" with a value of 4096 bytes."""
+    how_long = "length (4097 bytes) " if services.release >= (1, 7) else ""
+    return f"label key and value {how_long}greater than maximum size (4096 bytes), key: k"
 
 
 class Subscription:

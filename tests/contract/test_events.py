@@ -33,12 +33,17 @@ def test_the_events_of_a_life(services: Services, subscribe: Subscribe) -> None:
     services.call(services.tasks.Resume, tasks_pb2.ResumeTaskRequest(container_id="c"))
     services.kill("c")
     services.wait("c")
+    made, created, started, added, exec_started, exec_exit, paused, resumed, ended = (
+        subscription.next() for _ in range(9)
+    )
     services.delete_task("c")
     services.delete_container("c")
-
-    made, created, started, added, exec_started, exec_exit, paused, resumed, ended, deleted, removed = (
-        subscription.next() for _ in range(11)
-    )
+    last = [subscription.next()]
+    while last[-1].topic != "/containers/delete":
+        last.append(subscription.next())
+    removed = last.pop()
+    deleted = last.pop() if last or services.release < (2, 0) else None  # containerd 2 may lose this one
+    assert not last
 
     assert (made.topic, unpack(made, container_pb2.ContainerCreate)) == (
         "/containers/create",
@@ -79,10 +84,11 @@ def test_the_events_of_a_life(services: Services, subscribe: Subscribe) -> None:
     )
     exit_of_init = typeurl.unpack(ended.event, task_pb2.TaskExit)
     assert (exit_of_init.id, exit_of_init.pid, exit_of_init.exit_status) == ("c", pid, 137)
-    deletion = typeurl.unpack(deleted.event, task_pb2.TaskDelete)
-    assert deleted.topic == "/tasks/delete"
-    assert (deletion.container_id, deletion.id, deletion.pid, deletion.exit_status) == ("c", "", pid, 137)
-    assert deletion.exited_at == exit_of_init.exited_at
+    if deleted is not None:
+        deletion = typeurl.unpack(deleted.event, task_pb2.TaskDelete)
+        assert deleted.topic == "/tasks/delete"
+        assert (deletion.container_id, deletion.id, deletion.pid, deletion.exit_status) == ("c", "", pid, 137)
+        assert deletion.exited_at == exit_of_init.exited_at
     assert (removed.topic, unpack(removed, container_pb2.ContainerDelete)) == (
         "/containers/delete",
         container_pb2.ContainerDelete(id="c"),
@@ -125,7 +131,22 @@ def test_a_deleted_task_that_never_ran_ends_first(services: Services, subscribe:
 
     services.delete_task("c")
 
-    assert subscription.topics(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
+    if services.release < (1, 7):
+        assert subscription.topics(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
+        return
+    # Later the two last come in either order, and may be lost with the shim, which ends at once.
+    services.call(
+        services.events.Publish, events_pb2.PublishRequest(topic="/tasks/after", event=Any(type_url="x"))
+    )
+    topics = subscription.topics(2)
+    while topics[-1] != "/tasks/after":
+        topics += subscription.topics(1)
+    assert topics[0] == "/tasks/create"
+    assert sorted({*topics[1:], "/tasks/delete", "/tasks/exit"}) == [
+        "/tasks/after",
+        "/tasks/delete",
+        "/tasks/exit",
+    ]
 
 
 def test_a_failed_creation_is_not_told(services: Services, subscribe: Subscribe) -> None:
@@ -180,7 +201,8 @@ def test_namespaces_and_updates_are_told(services: Services, subscribe: Subscrib
 
     created, deleted = subscription.next(), subscription.next()
 
-    assert (created.namespace, deleted.namespace) == (services.namespace, name)
+    assert created.namespace == (name if services.release >= (1, 7) else services.namespace)
+    assert deleted.namespace == name
     assert (created.topic, unpack(created, namespace_pb2.NamespaceCreate)) == (
         "/namespaces/create",
         namespace_pb2.NamespaceCreate(name=name, labels={"a": "b"}),

@@ -12,7 +12,7 @@ from libcontainerd._wire.pb.services import containers_pb2, events_pb2, tasks_pb
 from libcontainerd._wire.pb.types import event_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Any, FieldMask
 from tests.contract import programs
-from tests.contract.servers import Refused, Services, process_any, process_document, spec_any
+from tests.contract.servers import Refused, Services, label_too_long, process_any, process_document, spec_any
 
 UNKNOWN = grpc.StatusCode.UNKNOWN
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -116,7 +116,7 @@ def test_what_a_container_must_have(services: Services) -> None:
         (containers_pb2.Container(id="c", runtime=runtime), "container.Spec must be set"),
         (
             containers_pb2.Container(id="c", runtime=runtime, spec=spec, labels={"k": "v" * 4096}),
-            r"label key and value greater than maximum size \(4096 bytes\), key: k",
+            re.escape(label_too_long(services)),
         ),
         (
             containers_pb2.Container(id="c", runtime=runtime, spec=spec, snapshot_key="k"),
@@ -127,6 +127,8 @@ def test_what_a_container_must_have(services: Services) -> None:
             "container.Extension keys must not be zero-length",
         ),
     ):
+        if services.release >= (1, 7) and pattern == "container.Spec must be set":
+            continue  # since sandboxes, a container may be without
         request = containers_pb2.CreateContainerRequest(container=container)
         check(services.refused(services.containers.Create, request), INVALID, pattern)
 
@@ -167,11 +169,12 @@ def test_what_of_a_container_may_change(services: Services) -> None:
     check(services.refused(services.containers.Update, update()), INVALID, "Runtime.Name field is immutable")
     missing = containers_pb2.UpdateContainerRequest(container=containers_pb2.Container(id="d"))
     check(services.refused(services.containers.Update, missing), NOT_FOUND, 'container "d": not found')
-    check(
-        services.refused(services.containers.Update, containers_pb2.UpdateContainerRequest()),
-        INVALID,
-        "Container.ID required",
-    )
+    if services.release < (1, 7):  # a later containerd ends of it, with a Go panic
+        check(
+            services.refused(services.containers.Update, containers_pb2.UpdateContainerRequest()),
+            INVALID,
+            "Container.ID required",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ filters
@@ -262,7 +265,8 @@ def test_what_is_published_needs_a_namespace(services: Services) -> None:
     check(
         services.refused(services.events.Forward, nowhere), INVALID, "invalid namespace: identifier must not"
     )
-    check(services.refused(services.events.Forward, never), INVALID, "timestamp must be set")
+    if services.release < (1, 7):  # later it counts as the year 1970
+        check(services.refused(services.events.Forward, never), INVALID, "timestamp must be set")
 
 
 # ------------------------------------------------------------------------------------------------------- tasks' states
@@ -427,9 +431,9 @@ def test_a_program_that_is_not_there(services: Services) -> None:
     services.make_container("missing", *programs.MISSING)
     services.run("c")
     services.add_exec("c", "e", *programs.MISSING)
-    nothing = (
-        'unable to start container process: exec: "no-such-program": executable file not found in \\$PATH'
-    )
+    # runc 1.3 says where in the start it was, for init.
+    where = "(error during container init: )?" if services.release >= (2, 0) else ""
+    nothing = f'unable to start container process: {where}exec: "no-such-program": executable file not found in \\$PATH'
 
     init = services.refused(services.tasks.Create, tasks_pb2.CreateTaskRequest(container_id="missing"))
     started = services.refused(services.tasks.Start, tasks_pb2.StartRequest(container_id="c", exec_id="e"))

@@ -90,7 +90,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         """Take a namespace of the run's own."""
         namespace = f"m-{uuid.uuid4().hex[:10]}"
-        self.services = Services(type(self).services.channel, namespace, type(self).services.rootfs)
+        shared = type(self).services
+        self.services = Services(shared.channel, namespace, shared.rootfs, shared.release)
 
     def teardown(self) -> None:
         self.restore_containers()

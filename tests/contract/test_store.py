@@ -20,7 +20,7 @@ from libcontainerd._wire.pb.services import (
 )
 from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
 from libcontainerd._wire.pb.wellknown_pb2 import FieldMask
-from tests.contract.servers import SECONDS, Services
+from tests.contract.servers import SECONDS, Services, label_too_long
 from tests.contract.test_refusals import EXISTS, INVALID, NOT_FOUND, PRECONDITION, UNKNOWN, check
 
 STAT = content_pb2.WriteAction.STAT
@@ -170,7 +170,7 @@ def test_writes_that_are_refused(services: Services) -> None:
     check_error(
         write_refused(services, body, Write(action=COMMIT, offset=size, labels={"k": "v" * 4096})),
         INVALID,
-        "label key and value greater than maximum size (4096 bytes), key: k",
+        label_too_long(services),
     )
 
 
@@ -309,7 +309,9 @@ def test_images(services: Services) -> None:
     changed = services.call(
         images.Update,
         images_pb2.UpdateImageRequest(
-            image=images_pb2.Image(name="one", labels={"c": "d"}), update_mask=FieldMask(paths=["labels.c"])
+            # With its target, whatever the mask: without one, containerd 1.7 and later end with a Go panic.
+            image=image("one", c="d"),
+            update_mask=FieldMask(paths=["labels.c"]),
         ),
     ).image
     assert dict(changed.labels) == {"a": "b", "c": "d"}

@@ -536,7 +536,7 @@ def said(server: Server, situation: Callable[[Services], Said]) -> list[str]:
     with grpc.insecure_channel(
         f"unix:{server.address}", options=(("grpc.default_authority", "localhost"),)
     ) as channel:
-        services = Services(channel, namespace, server.rootfs)
+        services = Services(channel, namespace, server.rootfs, server.release)
         try:
             refusals = [repr(refused) for refused in situation(services)]
         finally:

@@ -65,7 +65,7 @@ def test_the_version_is_containerds(client: Client) -> None:
     assert found is not None
     version = client.version()
     assert found.version.startswith(version.version)
-    assert version.revision
+    assert version.revision or found.release >= (2, 0)  # which Debian builds without
 
 
 def test_a_container_is_made_started_waited_for_and_removed(client: Client, raw: Raw, spec: MakeSpec) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from libcontainerd import EventType, Remote, Status
+from libcontainerd import Client, EventType, Remote, Status
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.errors import ConflictError, InvalidParameterError, SystemFailureError, UnavailableError
 from libcontainerd.supervisor import Options, Supervisor, claim
@@ -153,8 +153,12 @@ def test_the_configuration_is_private_and_is_the_one_in_force(make: Make, direct
 def test_a_path_with_odd_characters_works(containerd_binary: Path, directory: Path) -> None:
     odd = directory / "a b%41#?é'\""
 
-    with Supervisor(odd / "root", odd / "state", Options(binary=str(containerd_binary))) as supervisor:
-        assert "Server:" in ctr(supervisor, "version")
+    # Past ctr, which from 1.7 on takes a percent sign in its address for an escape.
+    with (
+        Supervisor(odd / "root", odd / "state", Options(binary=str(containerd_binary))) as supervisor,
+        Client(supervisor.address, namespace="odd", state_dir=directory / "bundles") as client,
+    ):
+        assert client.version().version
 
 
 def test_a_snapshotter_that_cannot_work_is_told_with_the_log(make: Make, directory: Path) -> None:

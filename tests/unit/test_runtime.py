@@ -14,6 +14,7 @@ from libcontainerd._bundle import BUNDLE_LABEL
 from libcontainerd._records import SpecFacts
 from libcontainerd._runtime import (
     check_labels,
+    container_options,
     mapped_root,
     options_for,
     read_facts,
@@ -23,6 +24,7 @@ from libcontainerd._runtime import (
 )
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb import wellknown_pb2
+from libcontainerd._wire.pb.runc.linux_pb2 import CreateOptions, RuncOptions
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions, Options
 from libcontainerd._wire.pb.services import containers_pb2
 from libcontainerd.errors import InvalidParameterError, SystemFailureError
@@ -148,6 +150,57 @@ def test_a_containers_no_pivot_root_stays() -> None:
     assert told(Options(no_pivot_root=True), (5, 6)) == Options(no_pivot_root=True, io_uid=5, io_gid=6)
 
 
+# --------------------------------------------------------------------------------------------------------- the old runtime
+
+V1 = "io.containerd.runtime.v1.linux"
+
+
+def test_a_shim_gets_a_containers_options_as_its_own_message() -> None:
+    options = Options(binary_name="crun", root="/r", systemd_cgroup=True, no_new_keyring=True)
+    packed = container_options("io.containerd.runc.v2", options)
+    assert packed is not None
+    assert typeurl.unpack(packed, Options) == options
+    packed = container_options(V1, options)
+    assert packed is not None
+    assert typeurl.unpack(packed, RuncOptions) == RuncOptions(
+        runtime="crun", runtime_root="/r", systemd_cgroup=True
+    )
+    for runtime in (V1, "io.containerd.runc.v2"):
+        assert container_options(runtime, None) is None
+
+
+def test_its_options_are_read_again() -> None:
+    for runtime, name in (
+        (V1, "containerd.linux.runc.RuncOptions"),
+        ("io.containerd.runc.v2", "containerd.runc.v1.Options"),
+    ):
+        options = Options(binary_name="crun", root="/r", systemd_cgroup=True)
+        packed = container_options(runtime, options)
+        assert packed is not None
+        assert packed.type_url == name
+        container = containers_pb2.Container(
+            id="c",
+            runtime=containers_pb2.Container.Runtime(name=runtime, options=packed),
+            spec=typeurl.pack_json(typeurl.SPEC_URL, b"{}"),
+        )
+        facts = read_facts(container)
+        assert (facts.runtime, facts.options) == (runtime, options)
+
+
+def test_the_old_shim_takes_the_rest_with_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(no_new_keyring=True, shim_cgroup="/s", criu_image_path="/i", criu_work_path="/w")
+    packed = task_options(options, (5, 6), V1)
+    assert packed is not None
+    assert typeurl.unpack(packed, CreateOptions) == CreateOptions(
+        no_new_keyring=True, shim_cgroup="/s", criu_image_path="/i", criu_work_path="/w", io_uid=5, io_gid=6
+    )
+    assert task_options(Options(root="/r"), (0, 0), V1) is None
+    monkeypatch.setenv("DOCKER_RAMDISK", "1")
+    packed = task_options(None, (0, 0), V1)
+    assert packed is not None
+    assert typeurl.unpack(packed, CreateOptions) == CreateOptions(no_pivot_root=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -234,6 +287,7 @@ def test_a_clients_options_are_under_those_of_a_container() -> None:
     own = {"root": "/run/other", "binary_name": "crun"}
     both = Options(root="/run/other", binary_name="crun", no_pivot_root=True)
     assert options_for("io.containerd.runc.v2", own, defaults) == both
+    assert options_for(V1, own, defaults) == both
     alone = Options(root="/run/other", binary_name="crun")
     assert options_for("io.containerd.kata.v2", own, defaults) == alone
     assert options_for("io.containerd.kata.v2", None, defaults) is None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from libcontainerd._events.decode import utc
 from libcontainerd._wire import typeurl
-from libcontainerd._wire.pb.runc.options_pb2 import ProcessDetails
+from libcontainerd._wire.pb.runc import linux_pb2, options_pb2
 from libcontainerd._wire.pb.services.tasks_pb2 import GetRequest, ListTasksRequest
 from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.errors import NotFoundError, SystemFailureError
@@ -111,11 +111,15 @@ def process_name(info: task_pb2.ProcessInfo, init: int) -> str:
     """
     if info.pid == init:
         return INIT_PROCESS_NAME
-    if not info.HasField("info") or not typeurl.is_a(info.info, ProcessDetails):
+    if not info.HasField("info"):
         return ""
     try:
-        return typeurl.unpack(info.info, ProcessDetails).exec_id
+        if typeurl.is_a(info.info, options_pb2.ProcessDetails):
+            return typeurl.unpack(info.info, options_pb2.ProcessDetails).exec_id
+        if typeurl.is_a(info.info, linux_pb2.ProcessDetails):  # the old v1 runtime's
+            return typeurl.unpack(info.info, linux_pb2.ProcessDetails).exec_id
     except typeurl.DecodeError as error:
         raise SystemFailureError(
             f"cannot read what containerd says of process {info.pid}: {error}"
         ) from error
+    return ""

@@ -16,8 +16,9 @@ from libcontainerd.oci._build import (
     text,
     text_map,
     texts,
+    unset,
 )
-from libcontainerd.oci._model import Spec
+from libcontainerd.oci._model import Mount, Spec
 from libcontainerd.oci._model_linux import (
     NAMESPACE_TYPES,
     LinuxDevice,
@@ -421,6 +422,43 @@ def with_cgroup_path(path: str) -> SpecOption:
         linux_of(spec).cgroups_path = path
 
     return Option("with_cgroup_path", edit)
+
+
+def with_rootless() -> SpecOption:
+    """Ask for nothing that a containerd without rights on the host, in a user namespace, cannot give.
+
+    Put it last. It drops what cgroups would do (limits, device rules, a cgroup's path and mount), `oom_score_adj`, further
+    groups, and the groups of `devpts` mounts: the user namespace may have no group but root's.
+
+    >>> from libcontainerd import oci
+    >>> spec = oci.build(oci.default_spec(), oci.with_memory_limit(64 << 20), oci.with_rootless())
+    >>> spec.linux.resources, spec.linux.cgroups_path, spec.process.user.additional_gids
+    (None, '', None)
+    """
+
+    def edit(spec: Spec) -> None:
+        linux = linux_of(spec)
+        unset(linux, "resources")
+        # Empty is not unset: a client would give a container without one a cgroup of its own.
+        linux.cgroups_path = ""
+        if spec.process is not None:
+            unset(spec.process, "oom_score_adj")
+            if spec.process.user is not None:
+                unset(spec.process.user, "additional_gids")
+        if spec.mounts is not None:
+            spec.mounts = [_without_group(mount) for mount in spec.mounts if _type(mount) != "cgroup"]
+
+    return Option("with_rootless", edit)
+
+
+def _type(mount: Mount | None) -> str | None:
+    return mount.type if mount is not None else None
+
+
+def _without_group(mount: Mount) -> Mount:
+    if _type(mount) == "devpts" and mount.options is not None:
+        mount.options = [option for option in mount.options if not (option or "").startswith("gid=")]
+    return mount
 
 
 def with_seccomp(profile: LinuxSeccomp | None = None) -> SpecOption:

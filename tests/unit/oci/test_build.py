@@ -37,6 +37,7 @@ OPTIONS: dict[str, oci.SpecOption] = {
     "with_pids_limit": oci.with_pids_limit(3),
     "with_rlimit": oci.with_rlimit("CORE", 0),
     "with_rootfs": oci.with_rootfs("/r", readonly=True),
+    "with_rootless": oci.with_rootless(),
     "with_seccomp": oci.with_seccomp(oci.LinuxSeccomp(default_action="SCMP_ACT_ALLOW", flags=[])),
     "with_sysctl": oci.with_sysctl({"a": "b"}),
     "with_terminal": oci.with_terminal(width=1, height=2),
@@ -71,8 +72,8 @@ def test_every_option_is_here() -> None:
 
 
 def test_every_option_is_looked_at_from_inside_a_container() -> None:
-    folder = Path(__file__).parents[2] / "integration/oci"
-    text = "".join(path.read_text() for path in folder.glob("test_*.py"))
+    folder = Path(__file__).parents[2] / "integration"
+    text = "".join(path.read_text() for path in folder.rglob("test_*.py"))
 
     assert [name for name in [*OPTIONS, "exec_process"] if f"oci.{name}(" not in text] == []
 
@@ -361,6 +362,27 @@ def test_user_namespaces_map_groups_as_users_unless_told() -> None:
     assert same.linux.gid_mappings == [_ID]
     assert other.linux is not None
     assert other.linux.gid_mappings == [groups]
+
+
+def test_rootless_asks_for_nothing_of_a_cgroup() -> None:
+    spec = oci.build(
+        oci.default_spec(),
+        oci.with_memory_limit(1 << 20),
+        oci.with_cgroup_path("/a"),
+        oci.with_user(0, additional_gids=[7]),
+        oci.with_rootless(),
+    )
+
+    document = oci.to_mapping(spec)
+    linux, process, mounts = document["linux"], document["process"], document["mounts"]
+    assert isinstance(linux, dict)
+    assert isinstance(process, dict)
+    assert isinstance(mounts, list)
+    assert "resources" not in linux
+    assert linux["cgroupsPath"] == ""
+    assert process["user"] == {"uid": 0, "gid": 0}
+    assert "/sys/fs/cgroup" not in [each["destination"] for each in mounts]
+    assert not [option for each in mounts for option in each["options"] if option.startswith("gid=")]
 
 
 def test_an_option_that_was_not_called_is_refused() -> None:

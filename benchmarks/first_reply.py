@@ -5,12 +5,20 @@ from __future__ import annotations
 import sys
 
 
+def answer() -> None:
+    """Answer like a peer, and wait until it was seen how much memory that took."""
+    print("{}", flush=True)
+    sys.stdin.readline()
+    sys.stdin.readline()
+
+
 def library(address: str, namespace: str, directory: str) -> None:
     """A `Client`, which subscribes before it is there."""
     from libcontainerd import Client  # noqa: PLC0415 - what is imported is what is measured
 
     with Client(address, namespace=namespace, state_dir=f"{directory}/first") as client:
         client.version()
+        answer()
 
 
 def stubs(address: str, _namespace: str, _directory: str) -> None:
@@ -26,6 +34,7 @@ def stubs(address: str, _namespace: str, _directory: str) -> None:
     options = (("grpc.default_authority", "localhost"),)
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
         version_pb2.VersionStub(channel).Version(Empty())
+        answer()
 
 
 if __name__ == "__main__":

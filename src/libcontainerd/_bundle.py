@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import stat
 import time
 from contextlib import contextmanager, suppress
@@ -178,6 +177,8 @@ class Bundle:
             try:
                 os.rmdir(self.path)
             except OSError:
+                import shutil  # noqa: PLC0415 - brings compression along, and is hardly ever needed
+
                 shutil.rmtree(self.path)
         except FileNotFoundError:
             pass

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd.client import Client
 from libcontainerd.errors import CallCancelledError, InvalidParameterError, LibcontainerdError
-from libcontainerd.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from libcontainerd.supervisor import Supervisor
     from libcontainerd.types import Backend
 
 _BUNDLES: Final = "bundles"
@@ -146,6 +146,9 @@ class Remote:
             DeadlineExceededError: it does not serve in time; likewise.
         """
         bundles_dir = _absolute(state_dir)
+        # Five milliseconds of imports, for those alone who start one.
+        from libcontainerd.supervisor import Options, Supervisor  # noqa: PLC0415
+
         supervisor = Supervisor(
             root_dir,
             state_dir,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from libcontainerd import Remote, remote
+from libcontainerd import Remote, supervisor
 from libcontainerd.errors import CallCancelledError, InvalidParameterError
 from tests.unit.server import Scripted
 
@@ -26,7 +26,7 @@ def test_a_relative_state_dir_is_refused_before_anything_is_started(
     def start(*_: object) -> None:
         raise AssertionError("nothing may be started")
 
-    monkeypatch.setattr(remote, "Supervisor", start)
+    monkeypatch.setattr(supervisor, "Supervisor", start)
     monkeypatch.chdir(tmp_path)
     for state in ("state", Path("state"), ""):
         with pytest.raises(InvalidParameterError, match="state_dir must be an absolute path"):

@@ -147,6 +147,15 @@ def release(containerd_binary: Path, pytestconfig: pytest.Config) -> tuple[int, 
 
 
 @pytest.fixture(scope="session")
+def criu() -> servers.Criu:
+    """A criu for checkpoints; skips where none can work, which in CI is a failure for real containerds."""
+    found = servers.find_criu()
+    if found.program is None:
+        pytest.skip(f"no criu: {found.missing}")
+    return found
+
+
+@pytest.fixture(scope="session")
 def rootfs(pytestconfig: pytest.Config) -> Iterator[Path]:
     """A root filesystem of one static busybox: every applet in /bin, and the directories that mounts go to.
 

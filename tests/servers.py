@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ CHOSEN = "LIBCONTAINERD_TEST_CONTAINERD"
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _VERSION = re.compile(r"\bv?(\d+\.\d+[\w.~+-]*)")
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)")
+_CRIU_SETTINGS = "network-lock skip\n"  # it would lock with iptables, which need not be there; no container here has a network
 _ELF64_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PT_INTERP = 3
 
@@ -93,6 +95,52 @@ def release_of(version: str) -> tuple[int, int]:
     """Return a version's major and minor number."""
     numbers = _RELEASE.match(version)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+@dataclass(frozen=True)
+class Criu:
+    """A criu that can do its work here, and the environment in which containerd finds it.
+
+    Attributes:
+        program: The criu, or None.
+        missing: Why there is none.
+    """
+
+    program: Program | None
+    missing: str
+
+    def prepare(self, directory: Path) -> tuple[str, dict[str, str]]:
+        """Make in a directory what containerd needs; a directory for its PATH, and its further environment.
+
+        Without a criu, nothing.
+        """
+        if self.program is None:
+            return "", {}
+        first = directory / "criu-path"
+        first.mkdir()
+        (first / "criu").symlink_to(self.program.path)
+        settings = directory / "criu-home/.criu"
+        settings.mkdir(parents=True)
+        (settings / "default.conf").write_text(_CRIU_SETTINGS)
+        return str(first), {"HOME": str(settings.parent)}
+
+
+@functools.cache
+def find_criu() -> Criu:
+    """Look for a criu that says that it can work on this kernel, in PATH and among the suites that were fetched."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "libcontainerd"
+    candidates = [_which("criu"), *sorted(cache.glob("*/bin/criu"))]
+    tried = []
+    for path in candidates:
+        if path is None:
+            continue
+        program = _find_program(str(path))
+        check = subprocess.run([path, "check"], capture_output=True, text=True, timeout=60, check=False)
+        if program is not None and check.returncode == 0:
+            return Criu(program, "")
+        tried.append(str(path))
+    reason = f"these cannot work on this kernel: {', '.join(tried)}" if tried else "not found"
+    return Criu(None, f"{reason}; python tools/fetch_containerd.py fetch sid gets one")
 
 
 def is_static(program: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from libcontainerd._wire.connection import Deadline
-from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
+from libcontainerd._wire.pb.services import containers_pb2, leases_pb2, tasks_pb2
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
 from libcontainerd.errors import (
     ConflictError,
@@ -113,6 +113,34 @@ def remove_process(calls: Lease, container: Container, process: Process) -> None
     calls.settle(deadline)
     remove = partial(end_process, calls, container, process, doing=doing, deadline=deadline)
     _insist(calls, remove, deadline, container=container.id, exec=process.exec_id)
+
+
+def remove_lease(calls: Lease, lease: str) -> None:
+    """Give up a lease of containerd's, and have collected what it alone has kept."""
+    doing = f"clean up lease {lease!r}"
+    deadline = Deadline(CLEAN_UP_SECONDS)
+    calls.settle(deadline)
+    request = leases_pb2.DeleteRequest(id=lease, sync=True)
+
+    def remove() -> None:
+        with suppress(NotFoundError):
+            calls.call(calls.leases.Delete, request, doing=doing, deadline=deadline)
+
+    _insist(calls, remove, deadline, lease=lease)
+
+
+def resume_task(calls: Lease, container: Container) -> None:
+    """Thaw a task that was frozen for a while, unless it has ended meanwhile."""
+    doing = f"resume container {container.id!r}"
+    deadline = Deadline(CLEAN_UP_SECONDS)
+    calls.settle(deadline)
+    request = tasks_pb2.ResumeTaskRequest(container_id=container.id)
+
+    def resume() -> None:
+        with suppress(NotFoundError, FailedPreconditionError):
+            calls.call(calls.tasks.Resume, request, doing=doing, deadline=deadline)
+
+    _insist(calls, resume, deadline, container=container.id)
 
 
 def _insist(calls: Lease, remove: Callable[[], None], deadline: Deadline, **what: str) -> None:

@@ -134,7 +134,7 @@ class Restorer:
         bundles = names_in(self.state_dir)
         # Streamed: a few thousand specs are more than containerd sends in one message.
         request = containers_pb2.ListContainersRequest(filters=[f'labels."{BUNDLE_LABEL}"'])
-        answers = self.connection.read(
+        answers = self.connection.gather(
             self.connection.containers.ListStream, request, doing=doing, deadline=deadline
         )
         results: dict[str, Restored | Exception] = {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd._checkpoint import surveyed, with_criu_log
 from libcontainerd._records import Step
 from libcontainerd._runtime import task_options
 from libcontainerd._wire import typeurl
@@ -15,7 +16,12 @@ from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd._wire.pb.services import tasks_pb2
 from libcontainerd.cio.attached import Attached
 from libcontainerd.cio.fifo import FifoSet
-from libcontainerd.errors import ConflictError, FailedPreconditionError, InvalidParameterError
+from libcontainerd.errors import (
+    ConflictError,
+    FailedPreconditionError,
+    InvalidParameterError,
+    LibcontainerdError,
+)
 from libcontainerd.types import INIT_PROCESS_NAME
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from libcontainerd import oci
+    from libcontainerd._checkpoint import Checkpoints
     from libcontainerd._records import Container, ContainerMap, Process
     from libcontainerd._stdin import StdinCloser
     from libcontainerd._wire.connection import Deadline
@@ -34,22 +41,39 @@ class Starter:
     """Starts a client's processes. Thread-safe; what the verbs promise and raise is said at `Client.start` and `Client.exec`."""
 
     def __init__(
-        self, shelter: Shelter, containers: ContainerMap, stdin: StdinCloser, cut: threading.Event
+        self,
+        shelter: Shelter,
+        containers: ContainerMap,
+        stdin: StdinCloser,
+        checkpoints: Checkpoints,
+        cut: threading.Event,
     ) -> None:
         self._shelter = shelter
+        self._checkpoints = checkpoints
         self._containers = containers
         self._stdin = stdin
         self._cut = cut
 
     def start(
-        self, container_id: str, *, with_stdin: bool, attach_stdio: AttachStdio, deadline: Deadline
+        self,
+        container_id: str,
+        *,
+        checkpoint_dir: str | None,
+        with_stdin: bool,
+        attach_stdio: AttachStdio,
+        deadline: Deadline,
     ) -> int:
-        """Create and start a container's task; the pid of its init."""
+        """Create and start a container's task, perhaps from a checkpoint; the pid of its init."""
         doing = f"start container {container_id!r}"
         container = self._containers.get(container_id, doing)
         facts = container.facts
         terminal = facts.terminal
-        with self._making(container, container.reserve_task, doing) as (calls, task):
+        saved = None if checkpoint_dir is None else surveyed(checkpoint_dir, doing)
+        with ExitStack() as stack:
+            calls, task = stack.enter_context(self._making(container, container.reserve_task, doing))
+            checkpoint = None
+            if saved is not None:
+                checkpoint = stack.enter_context(self._checkpoints.uploaded(calls, saved, doing, deadline))
             attached = self._attach(
                 container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
@@ -61,6 +85,7 @@ class Starter:
                     stdin=attached.stdin,
                     stdout=attached.stdout,
                     stderr=attached.stderr,
+                    checkpoint=checkpoint,
                     options=task_options(facts.options, facts.owner, facts.runtime),
                 ),
                 cut=self._cut,
@@ -68,15 +93,17 @@ class Starter:
                 deadline=deadline,
             )
             container.advance(task, Step.CREATE, created.pid)
-            # The end of a terminal's input is a hang-up, which no process would live to be started.
-            if not terminal:
+            # The end of a terminal's input is a hang-up, which no process would live to be started; and the shim opens the
+            # FIFOs of a restored one in Start.
+            if not terminal and checkpoint is None:
                 attached.process_is_there()
-            started = calls.call(
-                calls.tasks.Start,
-                tasks_pb2.StartRequest(container_id=container_id),
-                doing=doing,
-                deadline=deadline,
-            )
+            with _criu_says_why(checkpoint is not None):
+                started = calls.call(
+                    calls.tasks.Start,
+                    tasks_pb2.StartRequest(container_id=container_id),
+                    doing=doing,
+                    deadline=deadline,
+                )
             container.advance(task, Step.START, started.pid)
             attached.process_is_there()
         return started.pid or created.pid
@@ -180,6 +207,17 @@ class Starter:
                 container.made(process)
             if self._cut.is_set() and process.attached is not None:
                 process.attached.abandon()  # it was answered while `close` went by
+
+
+@contextmanager
+def _criu_says_why(restoring: bool) -> Iterator[None]:
+    """Add criu's reason to the failure of a restore, while its log is still there."""
+    try:
+        yield
+    except LibcontainerdError as error:
+        if not restoring:
+            raise
+        raise with_criu_log(error) from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd._checkpoint import Checkpoints
 from libcontainerd._creating import Creator
 from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
@@ -170,7 +171,8 @@ class Client:
             runtime_options=read_runtime_options(runtime_options),
             end_task=self._end_task,
         )
-        self._starter = Starter(self._shelter, self._containers, self._stdin, self._cut)
+        self._checkpoints = Checkpoints(self._connection, self._shelter)
+        self._starter = Starter(self._shelter, self._containers, self._stdin, self._checkpoints, self._cut)
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
         )
@@ -404,7 +406,7 @@ class Client:
     def start(
         self,
         container_id: str,
-        checkpoint_dir: str | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
         with_stdin: bool = False,
         attach_stdio: AttachStdio = null_io,
         *,
@@ -414,7 +416,8 @@ class Client:
 
         Args:
             container_id: A container that has no task.
-            checkpoint_dir: Restoring from a checkpoint is not part of this version: must be None.
+            checkpoint_dir: A directory that `create_checkpoint` has filled: the process goes on from there, instead of being
+                begun anew. The spec and the root file system must be what they were. Needs criu.
             with_stdin: Give the process an stdin; otherwise its input is empty.
             attach_stdio: What becomes of its stdio: a callback that gets the open ends before the process exists and
                 must return at once, or a destination; see `libcontainerd.cio`. What it raises aborts the start.
@@ -427,13 +430,16 @@ class Client:
             NotFoundError: there is no such container.
             ConflictError: it is started already, or just being started.
             InvalidParameterError: an argument cannot be used, or the program is not there. After any error no task, FIFO,
-                record or descriptor of this start is left.
+                record, descriptor or content of this start is left.
+            SystemFailureError: criu cannot restore the checkpoint; the message holds its reason, where it can be read.
         """
-        if checkpoint_dir is not None:
-            raise InvalidParameterError("checkpoint_dir: this version cannot restore a checkpoint")
         deadline = self._deadline(timeout)
         return self._starter.start(
-            container_id, with_stdin=with_stdin, attach_stdio=attach_stdio, deadline=deadline
+            container_id,
+            checkpoint_dir=None if checkpoint_dir is None else os.path.abspath(checkpoint_dir),
+            with_stdin=with_stdin,
+            attach_stdio=attach_stdio,
+            deadline=deadline,
         )
 
     def exec(
@@ -692,6 +698,44 @@ class Client:
             ),
             timeout,
         )
+
+    def create_checkpoint(
+        self,
+        container_id: str,
+        checkpoint_dir: str | os.PathLike[str],
+        exit: bool = False,  # noqa: A002 - Go's name
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Write the state of a container's processes into a directory, for `start` to go on from. Needs criu.
+
+        The container is frozen meanwhile (``paused`` and ``resumed`` are told), unless it is paused already; then it stays so.
+        Execs are not part of a checkpoint, and nor is what the container has written to its root file system. The archive
+        that containerd makes of it is removed from containerd in any case.
+
+        Args:
+            container_id: A container whose task runs, or is paused.
+            checkpoint_dir: A directory that is empty or, in one that is there, not there yet. What is written is as secret as the
+                processes' memory: a new directory, and every file, is for its owner alone.
+            exit: End the task; it has then exited with code 137, and `delete_task` is to follow. Without it, it goes on.
+            timeout: See the class. When it passes, the outcome is as unknown as always, and with `exit` the processes may be
+                gone without a checkpoint: better give it time.
+
+        Raises:
+            NotFoundError: no such container, or it is not running.
+            FailedPreconditionError: its task is not started yet, or has ended.
+            InvalidParameterError: the directory cannot be used. Nothing was touched.
+            SystemFailureError: criu cannot do it, and then says why, as far as its log can be read; or what containerd made of it
+                is no checkpoint, or its archive is not to be trusted; or the disk is full. The directory is as it was.
+        """
+        deadline = self._deadline(timeout)
+        container = self._containers.get(container_id, f"checkpoint container {container_id!r}")
+        directory = os.path.abspath(checkpoint_dir)
+        self._checkpoints.create(container, directory, leave=not exit, deadline=deadline)
+        if exit and deadline.remaining() > 0:
+            # It has ended, but who deletes it now should not have to be told that its exit is not known yet.
+            with suppress(DeadlineExceededError, NotFoundError):
+                self.wait(container_id, timeout=deadline.remaining())
 
     def _task_call(
         self,

@@ -91,6 +91,7 @@ _NOT_THERE: Final = re.compile(
 _BY_TEXT_OF_UNKNOWN: Final[tuple[tuple[re.Pattern[str], type[LibcontainerdError]], ...]] = (
     (_PROGRAM_UNUSABLE, InvalidParameterError),
     (_WRONG_STATE, FailedPreconditionError),
+    (re.compile(r"CRIU version check failed|criu failed|OCI runtime restore failed"), SystemFailureError),
     (re.compile(r"ttrpc: closed|transport is closing|connection refused"), UnavailableError),
     (re.compile(r"context deadline exceeded"), DeadlineExceededError),
     (re.compile(r"OCI runtime (?:create|exec|start) failed"), SystemFailureError),

@@ -60,12 +60,19 @@ def fake_like(real: Server, runtime: str) -> str:
 
 
 @contextmanager
-def _real(binary: Path, rootfs: Path) -> Iterator[Server]:
+def _real(binary: Path, rootfs: Path, *, criu: bool) -> Iterator[Server]:
+    """A containerd without garbage collection, or one with criu: checkpoints have their remains collected."""
     directory = Path(tempfile.mkdtemp(prefix="lcd-"))
     directory.chmod(0o755)
     try:
+        path_prefix, environment = servers.find_criu().prepare(directory) if criu else ("", {})
         with Remote.start(
-            directory / "root", directory / "state", binary=str(binary), plugins=_NO_COLLECTION
+            directory / "root",
+            directory / "state",
+            binary=str(binary),
+            path_prefix=path_prefix,
+            environment=environment,
+            plugins={} if criu else _NO_COLLECTION,
         ) as remote:
             with remote.new_client("version") as client:
                 version = client.version().version
@@ -85,9 +92,9 @@ def make_server(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Serv
 
         def make(name: str) -> Server:
             if name not in started:
-                if name == "containerd":
+                if name in ("containerd", "containerd, criu"):
                     binary: Path = request.getfixturevalue("containerd_binary")
-                    server = _real(binary, request.getfixturevalue("rootfs"))
+                    server = _real(binary, request.getfixturevalue("rootfs"), criu="criu" in name)
                 else:
                     server = _fake(name, Path("/"))
                 started[name] = stack.enter_context(server)

@@ -18,6 +18,7 @@ OBEY: Final = ("sh", "-c", "trap 'exit 42' TERM; echo ready; while :; do sleep 0
 TERMINAL: Final = ("sh", "-c", "test -t 0 && test -t 1 && echo tty")
 SIZE: Final = ("sh", "-c", "stty -echo; echo ready; read x; stty size")
 HANG_UP: Final = ("sh", "-c", "trap 'exit 9' HUP; echo hello; while :; do sleep 0.02; done")
+COUNTING: Final = ("sh", "-c", "i=0; echo ready; while read x; do i=$((i + 1)); echo $i; done")
 MISSING: Final = ("no-such-program",)
 
 
@@ -48,6 +49,19 @@ def _hang_up(process: ScriptedProcess) -> int:
     return 9
 
 
+def _counting(process: ScriptedProcess) -> int:
+    if "i" not in process.memory:
+        process.memory["i"] = 0
+        process.write(b"ready\n")
+    for data in iter(process.read, b""):
+        for _ in range(data.count(b"\n")):
+            number = process.memory["i"]
+            assert isinstance(number, int)
+            process.memory["i"] = number + 1
+            process.write(b"%d\n" % (number + 1))
+    return 0
+
+
 def script(fake: FakeContainerd) -> None:
     """Have the scripted runtime play them."""
     for args, program in (
@@ -60,6 +74,7 @@ def script(fake: FakeContainerd) -> None:
         (TERMINAL, prints(b"tty\r\n")),
         (SIZE, _size),
         (HANG_UP, _hang_up),
+        (COUNTING, _counting),
         (MISSING, fails_to_start()),
     ):
         fake.script(program, args=args)

@@ -17,6 +17,7 @@ import structlog
 
 from libcontainerd import Client, Remote, oci
 from libcontainerd.backends import RecordingBackend
+from tests import servers
 from tests.integration.containers import MakeSpec, Raw, kill_shims, shims_of, wait_until
 
 _LOG_LINES = 2000
@@ -59,8 +60,14 @@ def remote(containerd_binary: Path) -> Iterator[Remote]:
     directory = Path(tempfile.mkdtemp(prefix="lcd-"))
     directory.chmod(0o755)
     try:
+        path_prefix, environment = servers.find_criu().prepare(directory)
         with Remote.start(
-            directory / "root", directory / "state", log_level="info", binary=str(containerd_binary)
+            directory / "root",
+            directory / "state",
+            log_level="info",
+            binary=str(containerd_binary),
+            path_prefix=path_prefix,
+            environment=environment,
         ) as started:
             yield started
             try:

@@ -556,7 +556,7 @@ def test_a_second_start_is_a_conflict_and_the_first_unharmed(client: Client, sta
 def test_a_start_needs_a_container(client: Client) -> None:
     with pytest.raises(NotFoundError, match="no such container"):
         client.start("web")
-    with pytest.raises(InvalidParameterError, match="checkpoint"):
+    with pytest.raises(NotFoundError, match="no such container"):
         client.start("web", checkpoint_dir="/c")
 
 

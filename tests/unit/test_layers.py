@@ -17,7 +17,7 @@ LAYERS = (
     ("client",),
     ("_checkpoint", "_creating", "_events", "_restore", "_starting", "_stdin", "stats", "supervisor"),
     ("_cleanup",),
-    ("cio", "_bundle", "_records", "_runtime", "backends"),
+    ("cio", "_archive", "_bundle", "_records", "_runtime", "backends"),
     ("_wire",),
     ("types", "errors", "oci"),
 )

@@ -14,13 +14,14 @@ import socket
 import stat
 import threading
 import time
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import quote
 
 import grpc
 from grpc.experimental import ChannelOptions
 
 from libcontainerd._wire.pb.services.containers_pb2 import ContainersStub
+from libcontainerd._wire.pb.services.content_pb2 import ContentStub
 from libcontainerd._wire.pb.services.events_pb2 import EventsStub
 from libcontainerd._wire.pb.services.tasks_pb2 import TasksStub
 from libcontainerd._wire.pb.services.version_pb2 import VersionStub
@@ -36,10 +37,14 @@ from libcontainerd.errors import (
     translate,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 NAMESPACE_HEADER: Final = "containerd-namespace"
+LEASE_HEADER: Final = "containerd-lease"
 Metadata = tuple[tuple[str, str], ...]
 
 _MESSAGE_BYTES: Final = 16 << 20  # containerd's own limit, both ways
@@ -209,6 +214,11 @@ def _is_socket(path: str) -> bool:
         return True
 
 
+def under_lease(metadata: Metadata, lease: str) -> Metadata:
+    """The metadata of a call whose content a lease of containerd's shall hold; without a lease, as they were."""
+    return (*metadata, (LEASE_HEADER, lease)) if lease else metadata
+
+
 def open_channel(address: Address, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """Open a channel with this library's options; it connects by itself, and again after a break."""
     if credentials is None:
@@ -230,6 +240,7 @@ class Connection:
         self.metadata: Metadata = ((NAMESPACE_HEADER, namespace),)
         self._channel = open_channel(address, credentials)
         self.containers = ContainersStub(self._channel)
+        self.content = ContentStub(self._channel)
         self.tasks = TasksStub(self._channel)
         self.events = EventsStub(self._channel)
         self.versions = VersionStub(self._channel)
@@ -290,27 +301,36 @@ class Connection:
                 raise
             raise UnsentCancelledError(f"cannot {doing}: the client is closed") from error
 
-    def read(
+    def gather(
         self,
-        method: grpc.UnaryStreamMultiCallable[_Request, _Response],
-        request: _Request,
+        method: Callable[..., Iterable[_Response]],
+        request: object,
         *,
         doing: str,
         deadline: Deadline,
+        lease: str = "",
     ) -> list[_Response]:
-        """Call a method that answers with a stream, and read that to its end.
+        """Call a method that streams its answers, and wait for all of them: they must be few, or small.
+
+        Args:
+            method: A stub's method.
+            request: Its request, or an iterator of them, which must not raise.
+            doing: As for `call`.
+            deadline: As for `call`.
+            lease: The lease of containerd's that is to hold what the call makes.
 
         Raises:
             LibcontainerdError: as `call`.
         """
+        self.refuse_if_inherited()
         timeout = deadline.grpc_timeout()
         if timeout is not None and timeout <= 0:
             raise UnsentTooLateError(f"cannot {doing}: the deadline has passed")
         try:
-            return list(method(request, timeout=timeout, metadata=self.metadata))
+            return list(method(request, timeout=timeout, metadata=under_lease(self.metadata, lease)))
         except grpc.RpcError as error:
             raise self.error(error, doing) from error
-        except ValueError as error:  # what grpcio raises on a closed channel
+        except ValueError as error:  # as above
             if not self._closed:
                 raise
             raise UnsentCancelledError(f"cannot {doing}: the client is closed") from error

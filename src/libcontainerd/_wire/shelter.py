@@ -22,8 +22,10 @@ from libcontainerd._wire.connection import (
     UnsentFailureError,
     UnsentTooLateError,
     open_channel,
+    under_lease,
 )
 from libcontainerd._wire.pb.services.containers_pb2 import ContainersStub
+from libcontainerd._wire.pb.services.leases_pb2 import LeasesStub
 from libcontainerd._wire.pb.services.tasks_pb2 import TasksStub
 from libcontainerd.errors import (
     CallCancelledError,
@@ -50,6 +52,7 @@ class _Channel:
     def __init__(self, address: Address, credentials: grpc.ChannelCredentials | None) -> None:
         self._channel = open_channel(address, credentials)
         self.containers = ContainersStub(cast("grpc.Channel", self))
+        self.leases = LeasesStub(cast("grpc.Channel", self))
         self.tasks = TasksStub(cast("grpc.Channel", self))
 
     def unary_unary(self, *args: object, **kwargs: object) -> object:
@@ -160,6 +163,7 @@ class Lease:
 
     Attributes:
         containers: containerd's containers service.
+        leases: containerd's leases service, whose leases are something else: they keep content.
         tasks: containerd's tasks service.
         namespace: Where the calls go.
     """
@@ -167,6 +171,7 @@ class Lease:
     def __init__(self, shelter: Shelter, channel: _Channel) -> None:
         self._shelter = shelter
         self.containers = channel.containers
+        self.leases = channel.leases
         self.tasks = channel.tasks
         self.namespace = shelter.metadata[0][1]
         self._under_way: UnderWay[object] | None = None
@@ -188,8 +193,16 @@ class Lease:
         *,
         doing: str,
         deadline: Deadline,
+        lease: str = "",
     ) -> _Response:
         """Call a unary method of this lease's stubs, and wait for its answer until the deadline.
+
+        Args:
+            method: As for `Connection.call`, like the next three.
+            request: See there.
+            doing: See there.
+            deadline: See there.
+            lease: The lease of containerd's that is to hold what the call makes.
 
         Raises:
             LibcontainerdError: as `Connection.call`. After a deadline or a `close` the call may still be under way: `settle`
@@ -206,7 +219,7 @@ class Lease:
                 cast("grpc.UnaryStreamMultiCallable[_Request, _Response]", method),
                 request,
                 timeout=None if remaining is None else remaining + CLEAN_UP_SECONDS,
-                metadata=self._shelter.metadata,
+                metadata=under_lease(self._shelter.metadata, lease),
                 wait_for_ready=self._cleaning_up,
             )
         )

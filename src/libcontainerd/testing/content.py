@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from libcontainerd.testing.exchange import Exchange
     from libcontainerd.testing.store import Store
 
+_ROOT_LABEL: Final = "containerd.io/gc.root"
+_CONTENT_LABEL: Final = "containerd.io/gc.ref.content"
 _READ_BYTES: Final = 1 << 20
 _BAD_DIGEST: Final = "invalid checksum digest format"
 _STAT: Final = content_pb2.WriteAction.STAT
@@ -61,6 +63,43 @@ class Content(content_pb2.ContentServicer):
             self._data.clear()
 
     # ---------------------------------------------------------------------------------------------- for other modules
+
+    def write(self, namespace: str, data: bytes, lease: str, *, again: bool) -> str:
+        """Keep a blob, under a lease if there is one, and give its digest.
+
+        Raises:
+            Refusal: it is there, and must not come `again`. The lease holds it all the same.
+        """
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        with self._store.lock:
+            space = self._store.make_space(namespace)
+            if lease in space.leased:
+                space.leased[lease].add(("content", digest))
+            if digest in space.blobs and not again:
+                raise already_exists(f"content {digest}")
+        return self.add(namespace, data)
+
+    def collect(self, namespace: str) -> None:
+        """Forget a namespace's blobs that no lease, image or label leads to, as the garbage collector does."""
+        with self._store.lock:
+            space = self._store.space(namespace)
+            reached = {name for held in space.leased.values() for kind, name in held if kind == "content"}
+            reached |= {image.target.digest for image in space.images.values()}
+            reached |= {digest for digest, blob in space.blobs.items() if _ROOT_LABEL in blob.labels}
+            waiting = list(reached)
+            while waiting:
+                blob = space.blobs.get(waiting.pop())
+                labels = {} if blob is None else blob.labels
+                further = {digest for label, digest in labels.items() if label.startswith(_CONTENT_LABEL)}
+                waiting += further - reached
+                reached |= further
+            gone = space.blobs.keys() - reached
+            for digest in gone:
+                del space.blobs[digest]
+            gone -= {digest for _, each in self._store.spaces() for digest in each.blobs}
+        with self._lock:
+            for digest in gone:
+                self._data.pop(digest, None)
 
     def add(self, namespace: str, data: bytes, labels: dict[str, str] | None = None) -> str:
         """Keep a blob, and give its digest."""
@@ -215,10 +254,14 @@ class Content(content_pb2.ContentServicer):
         request = next(request_iterator, None)
         if request is None or not request.ref:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "first message must have a reference")
+        held: set[tuple[str, str]] = set()
         if lease := lease_in(context):
             with self._store.lock:
-                if lease not in self._store.space(namespace).leases:
+                space = self._store.space(namespace)
+                if lease not in space.leases:
                     raise not_found("lease does not exist")
+                held = space.leased[lease]
+                held.add(("ingests", request.ref))
         answer = content_pb2.WriteContentResponse()
         with self._locked(namespace, request) as ingest:
             total, expected = request.total, request.expected
@@ -227,7 +270,7 @@ class Content(content_pb2.ContentServicer):
                 if request.expected and request.expected != ingest.expected:
                     self._refuse_existing(namespace, ingest, request.expected)
                 expected = request.expected or expected
-                self._apply(namespace, ingest, request, answer, total=total, expected=expected)
+                self._apply(namespace, ingest, request, answer, held, total=total, expected=expected)
                 yield answer
                 if request.action == _COMMIT:
                     break
@@ -286,6 +329,7 @@ class Content(content_pb2.ContentServicer):
         ingest: Ingest,
         request: content_pb2.WriteContentRequest,
         answer: content_pb2.WriteContentResponse,
+        held: set[tuple[str, str]],
         *,
         total: int,
         expected: str,
@@ -301,7 +345,7 @@ class Content(content_pb2.ContentServicer):
                 answer.updated_at.CopyFrom(stamp(None))
             self._take(ingest, request)
             if request.action == _COMMIT:
-                self._commit(namespace, ingest, request, total=total, expected=expected)
+                self._commit(namespace, ingest, request, held, total=total, expected=expected)
         answer.offset = len(ingest.data)
         answer.digest = ingest.digest
 
@@ -320,6 +364,7 @@ class Content(content_pb2.ContentServicer):
         namespace: str,
         ingest: Ingest,
         request: content_pb2.WriteContentRequest,
+        held: set[tuple[str, str]],
         *,
         total: int,
         expected: str,
@@ -336,6 +381,8 @@ class Content(content_pb2.ContentServicer):
         with self._store.lock:
             space = self._store.make_space(namespace)
             space.ingests.pop(ingest.ref, None)
+            held.discard(("ingests", ingest.ref))
+            held.add(("content", digest))  # also what is there already
             if digest in space.blobs:
                 raise already_exists(f"content {digest}")
         self.add(namespace, data, labels)

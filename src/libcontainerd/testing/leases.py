@@ -1,4 +1,4 @@
-"""The leases service: what must not be collected. Nothing is ever collected here, so a lease only has to be kept."""
+"""The leases service: what must not be collected. Nothing is, but at the end of a lease that is to be waited for."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from libcontainerd.testing.refusals import (
 from libcontainerd.testing.timestamps import stamp
 
 if TYPE_CHECKING:
+    from libcontainerd.testing.content import Content
     from libcontainerd.testing.store import Store
 
 
@@ -62,8 +63,9 @@ def _key(resource: Resource) -> tuple[str, str]:
 class Leases(LeasesServicer):
     """The leases service."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, content: Content) -> None:
         self._store = store
+        self._content = content
 
     def Create(self, request: CreateRequest, context: grpc.ServicerContext) -> CreateResponse:
         """Make a lease; one without an id gets one."""
@@ -86,8 +88,13 @@ class Leases(LeasesServicer):
         namespace = namespace_of(context)
         with self._store.lock:
             space = self._store.space(namespace)
-            self._resources(namespace, request.id)
+            held = self._resources(namespace, request.id)
             del space.leases[request.id], space.leased[request.id]
+            for kind, name in held:
+                if kind == "ingests" and request.sync:
+                    space.ingests.pop(name, None)
+        if request.sync:
+            self._content.collect(namespace)
         return Empty()
 
     def List(self, request: ListRequest, context: grpc.ServicerContext) -> ListResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
@@ -73,6 +73,7 @@ class ProcessSpec:
         exec_id: The exec, or empty for init.
         process: The OCI spec's process.
         root: The root filesystem's path, or empty.
+        memory: What a process that is restored from a checkpoint remembers.
     """
 
     namespace: str
@@ -80,6 +81,7 @@ class ProcessSpec:
     exec_id: str
     process: Mapping[str, object]
     root: str
+    memory: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def args(self) -> list[str]:
@@ -120,6 +122,13 @@ class Execution(Protocol):
 
     def pids(self) -> list[int]:
         """Its pid, and those of what it has spawned."""
+
+    def checkpoint(self) -> Mapping[str, object]:
+        """What of it a checkpoint keeps, as JSON can say it.
+
+        Raises:
+            RuntimeFailure: there is no criu here.
+        """
 
     def drain(self) -> None:
         """After its end: let output that it left reach the client, within the shim's two seconds."""

@@ -19,6 +19,7 @@ class Release:
         spaces_tell_themselves: A change of a namespace is told in that namespace, not in the caller's.
         tells_new_content: Content that is committed is told.
         drain_seconds: How long its shim waits for output that a process's child still holds.
+        saves_specs_again: A checkpoint succeeds where the container's spec, which goes with it, is content already.
         shims: The runtimes that it finds without their paths.
     """
 
@@ -30,6 +31,7 @@ class Release:
     spaces_tell_themselves: bool = True
     tells_new_content: bool = False
     drain_seconds: float = 2.0
+    saves_specs_again: bool = False
     shims: tuple[str, ...] = (
         "io.containerd.runc.v2",
         "io.containerd.runc.v1",
@@ -48,6 +50,11 @@ RELEASES: Final = {
     ),
     "1.7": Release("1.7.24", (1, 7)),
     "2.1": Release(
-        "2.1.9", (2, 1), tells_new_content=True, drain_seconds=10.0, shims=("io.containerd.runc.v2",)
+        "2.1.9",
+        (2, 1),
+        tells_new_content=True,
+        drain_seconds=10.0,
+        saves_specs_again=True,
+        shims=("io.containerd.runc.v2",),
     ),
 }

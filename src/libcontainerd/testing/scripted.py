@@ -7,7 +7,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from libcontainerd._wire.pb.cgroups.v1_pb2 import MemoryEntry, MemoryStat, Metrics, PidsStat
@@ -47,6 +47,7 @@ class ScriptedProcess:
         handled: Signals that do not end it; `wait_signal` gives them. None can be SIGKILL.
         signals: Every signal that it was sent.
         size: Its terminal's size, as last set: width and height.
+        memory: What a checkpoint keeps of it, values as JSON has them: the process that is restored has it again.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ScriptedProcess:
         self.handled: set[int] = set()
         self.signals: list[int] = []
         self.size: tuple[int, int] | None = None
+        self.memory: dict[str, object] = dict(spec.memory)
         self._stdio = stdio
         self._on_exit = on_exit
         self._program = program
@@ -260,6 +262,10 @@ class ScriptedProcess:
     def pids(self) -> list[int]:
         """Its pid."""
         return [self.pid]
+
+    def checkpoint(self) -> Mapping[str, object]:
+        """Its memory."""
+        return dict(self.memory)
 
     def drain(self) -> None:
         """All that it wrote is in the FIFO."""

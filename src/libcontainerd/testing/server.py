@@ -188,7 +188,7 @@ class FakeContainerd:
             Containers(self._store, self._exchange),
             Events(self._exchange),
             Images(self._store, self._exchange),
-            Leases(self._store),
+            Leases(self._store, self._content),
             Namespaces(self._store, self._exchange),
             Version(self._release, isolated=self._scripted is not None),
             self._introspection,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 KILLED: Final = 128 + signal.SIGKILL
 _EXECS_END_SECONDS: Final = 5.0
+_INVENTORY_FILE: Final = "inventory.img"
+_MEMORY_FILE: Final = "pages-1.img"
+_STDIO_FILE: Final = "descriptors.json"
 
 Publish = Callable[[str, "Message"], None]
 """Publishes an event on a topic, in the task's namespace."""
@@ -58,6 +63,7 @@ class Task:
         clock: What time it is.
         bundle: The directory that the create event names.
         open_timeout: Seconds that the client may take to open its ends.
+        image: The files of the checkpoint that it begins with.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Task:
         clock: Callable[[], datetime],
         bundle: str,
         open_timeout: float,
+        image: Mapping[str, bytes] | None = None,
     ) -> None:
         self._runtime = runtime
         self._publish = publish
@@ -84,6 +91,8 @@ class Task:
         self.updates: list[Mapping[str, object]] = []
         self.execs: dict[str, Process] = {}
         self.restored = request.HasField("checkpoint")
+        self._image = image or {}
+        self._checkpoints = 0
         self.init = Process(spec, _stdio_of(spec, request))
 
     # ------------------------------------------------------------------------------------------------- looking up
@@ -234,6 +243,7 @@ class Task:
     def _run_init(self) -> int:
         init = self.init
         if self.restored:
+            init.spec = replace(init.spec, memory=self._read_image())
             self._make(init, "", "OCI runtime restore failed")
             self._open(init)
         with self.changed:
@@ -242,6 +252,48 @@ class Task:
             raise unknown("container not created")
         execution.start()
         return execution.pid
+
+    def _read_image(self) -> Mapping[str, object]:
+        failed = "OCI runtime restore failed"
+        if _STDIO_FILE not in self._image:
+            raise unknown(
+                f"{failed}: open {self._bundle}/checkpoint/{_STDIO_FILE}: no such file or directory"
+            )
+        try:
+            inventory, memory = (json.loads(self._image[name]) for name in (_INVENTORY_FILE, _MEMORY_FILE))
+        except (KeyError, ValueError):
+            inventory, memory = None, None
+        if not isinstance(inventory, dict) or not isinstance(memory, dict):
+            raise unknown(
+                f"{failed}: criu failed: type NOTIFY errno 0\nlog file: {self._bundle}/work/restore.log"
+            )
+        return memory
+
+    def checkpoint(self) -> dict[str, bytes]:
+        """The files of a checkpoint of init, by name.
+
+        Raises:
+            Refusal: there is no criu here.
+        """
+        with self.changed:
+            execution = self.init.execution
+            self._checkpoints += 1
+            number = self._checkpoints
+        if execution is None:
+            raise unknown("container not created")
+        try:
+            memory = execution.checkpoint()
+        except RuntimeFailure as error:
+            raise unknown(
+                f"runc did not terminate successfully: exit status 1: {error} path= {self._bundle}/criu-dump.log"
+            ) from error
+        # No two are the same, as with criu: they hold times.
+        inventory = {"container": self.init.id, "pid": self.init.pid, "number": number}
+        return {
+            _STDIO_FILE: b'["/dev/null","/dev/null","/dev/null"]',
+            _INVENTORY_FILE: json.dumps(inventory).encode(),
+            _MEMORY_FILE: json.dumps(memory).encode(),
+        }
 
     def _run_exec(self, process: Process) -> int:
         with self.changed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from libcontainerd._wire import typeurl
+from libcontainerd._wire.pb.runc.linux_pb2 import CheckpointOptions as OldCheckpointOptions
 from libcontainerd._wire.pb.runc.options_pb2 import CheckpointOptions
 from libcontainerd._wire.pb.services import tasks_pb2
 from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
@@ -26,6 +27,7 @@ from libcontainerd.testing.refusals import (
     already_exists,
     identifier_fault,
     invalid_argument,
+    lease_in,
     namespace_of,
     not_found,
     unknown,
@@ -199,9 +201,10 @@ class Tasks(tasks_pb2.TasksServicer):
         container = find_container(self._store, namespace, request.container_id)
         key = namespace, request.container_id
         _check_runtime(container.runtime.name, self._store.release)
-        if request.HasField("checkpoint"):
-            self._check_checkpoint(namespace, request.checkpoint)
         spec = _spec_of(namespace, container, request)
+        image = None
+        if request.HasField("checkpoint"):
+            image = self._read_checkpoint(namespace, request.checkpoint)
         with self._lock:
             if key in self._tasks:
                 raise already_exists(f"task {request.container_id}")
@@ -216,6 +219,7 @@ class Tasks(tasks_pb2.TasksServicer):
                 clock=self._store.clock,
                 bundle=f"{self._state_dir}/io.containerd.runtime.v2.task/{namespace}/{request.container_id}",
                 open_timeout=self._open_timeout,
+                image=image,
             )
             with self._lock:
                 self._being_made.add(task)
@@ -237,13 +241,17 @@ class Tasks(tasks_pb2.TasksServicer):
     def _publisher(self, namespace: str) -> Callable[[str, Message], None]:
         return lambda topic, event: self._exchange.publish(namespace, topic, event)
 
-    def _check_checkpoint(self, namespace: str, descriptor: Descriptor) -> None:
+    def _read_checkpoint(self, namespace: str, descriptor: Descriptor) -> dict[str, bytes]:
         if descriptor.media_type != _CHECKPOINT_TYPE:
             raise unknown(f'unsupported checkpoint type "{descriptor.media_type}"')
         try:
             data = self._content.read(namespace, descriptor.digest)
-            with tarfile.open(fileobj=io.BytesIO(data)):
-                pass
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                return {
+                    member.name: file.read()
+                    for member in tar
+                    if (file := tar.extractfile(member)) is not None
+                }
         except tarfile.TarError as error:
             raise unknown(f"failed to unpack checkpoint: {error}") from error
 
@@ -340,7 +348,7 @@ class Tasks(tasks_pb2.TasksServicer):
     def Checkpoint(
         self, request: tasks_pb2.CheckpointTaskRequest, context: grpc.ServicerContext
     ) -> tasks_pb2.CheckpointTaskResponse:
-        """Make content that a task can be made of again: it holds the process's spec, and no state of its memory."""
+        """Make content that a task can be made of again: it holds what a scripted process says is its memory."""
         namespace = namespace_of(context)
         container = find_container(self._store, namespace, request.container_id)
         task = self._task(context, request.container_id)
@@ -348,18 +356,22 @@ class Tasks(tasks_pb2.TasksServicer):
         options = CheckpointOptions()
         if typeurl.is_a(request.options, CheckpointOptions):
             options = typeurl.unpack(request.options, CheckpointOptions)
-        descriptors = []
-        if options.image_path:
-            for name, data in _checkpoint_files(task).items():
-                (Path(options.image_path) / name).write_bytes(data)
-        else:
-            config = container.spec.SerializeToString()
-            for media_type, data in ((_CHECKPOINT_TYPE, _checkpoint_archive(task)), (_CONFIG_TYPE, config)):
-                digest = self._content.add(namespace, data)
-                descriptors.append(Descriptor(media_type=media_type, digest=digest, size=len(data)))
+        elif typeurl.is_a(request.options, OldCheckpointOptions):
+            options.exit = typeurl.unpack(request.options, OldCheckpointOptions).exit
+        files = task.checkpoint()
         if options.exit:
             task.kill("", _KILL, everyone=False)
             task.wait("", context, self._stopping)
+        descriptors = []
+        if options.image_path:
+            for name, data in files.items():
+                (Path(options.image_path) / name).write_bytes(data)
+        else:
+            config = container.spec.SerializeToString()
+            for media_type, data in ((_CHECKPOINT_TYPE, _archive(files)), (_CONFIG_TYPE, config)):
+                again = media_type == _CONFIG_TYPE and self._store.release.saves_specs_again
+                digest = self._content.write(namespace, data, lease_in(context), again=again)
+                descriptors.append(Descriptor(media_type=media_type, digest=digest, size=len(data)))
         return tasks_pb2.CheckpointTaskResponse(descriptors=descriptors)
 
 
@@ -435,19 +447,10 @@ def _check_runtime(name: str, release: Release) -> None:
     )
 
 
-def _checkpoint_files(task: Task) -> dict[str, bytes]:
-    """What a checkpoint holds, by file name."""
-    inventory = {"container": task.init.id, "pid": task.init.pid}
-    return {
-        "inventory.img": json.dumps(inventory).encode(),
-        "process.json": json.dumps(dict(task.init.spec.process)).encode(),
-    }
-
-
-def _checkpoint_archive(task: Task) -> bytes:
+def _archive(files: Mapping[str, bytes]) -> bytes:
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as tar:
-        for name, data in _checkpoint_files(task).items():
+        for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))

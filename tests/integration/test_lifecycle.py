@@ -78,6 +78,8 @@ def test_a_container_is_made_started_waited_for_and_removed(client: Client, raw:
     pid = client.start("web")
     assert alive(pid)
     assert raw.tasks_by_id()["web"].pid == pid
+    # Until runc's own init has become the program, it would die of it.
+    wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", "the program runs", timeout=30)
     client.signal_process("web", "init", signal.SIGTERM)  # pid 1 takes no SIGTERM that it does not handle
     client.signal_process("web", "init", signal.SIGKILL)
     before = datetime.now(UTC)

@@ -53,6 +53,14 @@ matrix: setup ## run contract and integration tests on containerd 1.6, 1.7 and 2
 matrix-newest: setup ## the same on the newest alone
 	@$(PYTHON) -m tools.matrix sid
 
+.PHONY: chaos
+chaos: setup ## kill containerd, shims, client and connection in the middle of things; ROUNDS=100, SEED=n to replay
+	@LIBCONTAINERD_CHAOS_ROUNDS=$(or $(ROUNDS),100) LIBCONTAINERD_CHAOS_SEED=$(SEED) $(PYTEST) -q -p no:cacheprovider tests/chaos
+
+.PHONY: soak
+soak: setup ## create, start, exec, exit, delete for SECONDS=600, and say what the client holds per 1,000 execs
+	@$(PYTHON) -m benchmarks.soak $(if $(filter command%,$(origin SECONDS)),$(SECONDS),600)
+
 .PHONY: oldest
 oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic
 	@tools/setup.sh oldest

@@ -235,6 +235,17 @@ def attached(samples: Samples) -> str:
     )
 
 
+def lost(samples: Samples) -> str:
+    """Who has not got all of the output."""
+    missing = [
+        f"{_PEERS[peer]}, {measure}: {sum(amounts.values()):,.0f} bytes in {sum(map(bool, amounts.values()))} of {len(amounts)} rounds"
+        for measure in ("stdout_file", "stdout_discard")
+        for peer in samples.peers(measure)
+        if any((amounts := samples.of(measure, peer, "lost")).values())
+    ]
+    return f"Output that did not arrive: {'; '.join(missing)}." if missing else ""
+
+
 def restored(samples: Samples) -> str:
     """What it takes to find all of them again."""
     parts = []
@@ -257,6 +268,7 @@ def text(samples: Samples) -> str:
         f"Revision {about['revision']}, {about['rounds']} rounds, {about['processor']}, {facts}.",
         steadiness(samples),
         table(samples),
+        lost(samples),
         events(samples),
         scaled(samples, "scale") and "On the fake, which is a process of its own:",
         scaled(samples, "scale"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from libcontainerd._wire.identifiers import check_identifier
+from libcontainerd._wire.identifiers import check_identifier, is_text
 from libcontainerd.errors import (
     ConflictError,
     InvalidParameterError,
@@ -40,6 +40,20 @@ _MARK: Final = "exec"
 _FILE: Final = re.compile(rf"(.+)-(stdin|stdout|stderr|{_MARK})")
 
 _log = structlog.get_logger("libcontainerd")
+
+
+def state_directory(state_dir: str | os.PathLike[str]) -> str:
+    """The directory of all bundles, as its paths are told to containerd.
+
+    Raises:
+        InvalidParameterError: it is not absolute, or no text that containerd could be told.
+    """
+    path = os.fspath(state_dir)
+    if not is_text(path):
+        raise InvalidParameterError(f"state_dir must be a string of valid Unicode, not {path!r}")
+    if not os.path.isabs(path):
+        raise InvalidParameterError(f"state_dir must be an absolute path, not {path!r}")
+    return os.path.normpath(path)
 
 
 @dataclass(frozen=True, slots=True)

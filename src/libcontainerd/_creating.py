@@ -11,6 +11,7 @@ from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
 from libcontainerd._runtime import (
     check_labels,
+    check_runtime,
     container_options,
     mapped_root,
     options_for,
@@ -97,6 +98,7 @@ class Creator:
 
         doing = f"create container {container_id!r}"
         check_identifier("container id", container_id)
+        check_runtime(runtime or self._runtime)
         options = options_for(runtime or self._runtime, runtime_options, self._runtime_options)
         model = with_own_cgroup(checked_spec(spec), self._connection.namespace, container_id, options)
         document = oci.dump(model)

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from libcontainerd._bundle import BUNDLE_LABEL, LABEL_BYTES
 from libcontainerd._records import SpecFacts
 from libcontainerd._wire import typeurl
+from libcontainerd._wire.identifiers import is_text
 from libcontainerd._wire.pb.runc.linux_pb2 import CreateOptions, RuncOptions
 from libcontainerd._wire.pb.runc.options_pb2 import Options
 from libcontainerd.errors import InvalidParameterError, SystemFailureError
@@ -33,6 +34,18 @@ _V1_LINUX: Final = "io.containerd.runtime.v1.linux"
 """containerd's first shim for runc, in its releases before 2.0: it has messages of its own for the same options."""
 
 _RUNC: Final = re.compile(r"io\.containerd\.(runc\.v[12]|runtime\.v1\.linux)")
+
+
+def check_runtime(runtime: str) -> None:
+    """Refuse what is no name of a shim.
+
+    Raises:
+        InvalidParameterError: it is empty, or no string of valid Unicode.
+    """
+    if not runtime or not is_text(runtime):
+        raise InvalidParameterError(
+            f"a runtime is a shim's name, such as io.containerd.runc.v2, not {runtime!r}"
+        )
 
 
 def options_for(

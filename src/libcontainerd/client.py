@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd._bundle import state_directory
 from libcontainerd._checkpoint import Checkpoints
 from libcontainerd._creating import Creator
 from libcontainerd._events import catchup
@@ -29,9 +30,7 @@ from libcontainerd._events.serial import SerialQueue
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process
 from libcontainerd._restore import Restorer
-from libcontainerd._runtime import (
-    read_runtime_options,
-)
+from libcontainerd._runtime import check_runtime, read_runtime_options
 from libcontainerd._starting import Starter
 from libcontainerd._stdin import StdinCloser
 from libcontainerd._wire import typeurl
@@ -139,12 +138,9 @@ class Client:
             raise InvalidParameterError(
                 f"a backend has a method process_event; {type(backend).__name__} has none"
             )
-        if not runtime:
-            raise InvalidParameterError("a runtime is a shim's name, such as io.containerd.runc.v2")
+        check_runtime(runtime)
         Deadline(default_timeout)
-        self._state_dir = os.path.normpath(os.fspath(state_dir))
-        if not os.path.isabs(self._state_dir):
-            raise InvalidParameterError(f"state_dir must be an absolute path, not {self._state_dir!r}")
+        self._state_dir = state_directory(state_dir)
         parsed = Address(address, with_credentials=credentials is not None)
         patience = Deadline(min(default_timeout, _CONNECT_SECONDS))
         parsed.check(patience)

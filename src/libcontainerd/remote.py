@@ -6,9 +6,10 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
+from libcontainerd._bundle import state_directory
 from libcontainerd._wire.identifiers import check_identifier
 from libcontainerd.client import Client
-from libcontainerd.errors import CallCancelledError, InvalidParameterError, LibcontainerdError
+from libcontainerd.errors import CallCancelledError, LibcontainerdError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +82,7 @@ class Remote:
         """
         return cls(
             os.fspath(address),
-            _absolute(state_dir),
+            state_directory(state_dir),
             runtime=runtime,
             default_timeout=default_timeout,
             credentials=credentials,
@@ -145,7 +146,7 @@ class Remote:
             SystemFailureError: it ended before it served; the message holds the end of its log.
             DeadlineExceededError: it does not serve in time; likewise.
         """
-        bundles_dir = _absolute(state_dir)
+        bundles_dir = state_directory(state_dir)
         # Five milliseconds of imports, for those alone who start one.
         from libcontainerd.supervisor import Options, Supervisor  # noqa: PLC0415
 
@@ -239,10 +240,3 @@ class Remote:
             client.close()
         if self._supervisor is not None:
             self._supervisor.stop()
-
-
-def _absolute(state_dir: str | os.PathLike[str]) -> str:
-    path = os.fspath(state_dir)
-    if not os.path.isabs(path):
-        raise InvalidParameterError(f"state_dir must be an absolute path, not {path!r}")
-    return path

@@ -18,6 +18,14 @@ def is_identifier(value: str) -> bool:
     return len(value) <= MAX_LENGTH and _IDENTIFIER.fullmatch(value) is not None
 
 
+def is_text(value: object) -> bool:
+    """Whether containerd can be told it as a string, and the kernel as part of a path."""
+    try:
+        return isinstance(value, str) and "\0" not in value and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def check_identifier(kind: str, value: str) -> None:
     """Refuse what containerd refuses (its ``identifiers.Validate``): 76 characters at most, alphanumeric groups.
 

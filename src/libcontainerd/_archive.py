@@ -17,11 +17,28 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
 CHUNK_BYTES: Final = 1 << 20
 _LOGGED_NAME: Final = 200
+_HEADER_BYTES: Final = 4096
+"""The most of an entry's further header, with its long name. `tarfile` of before September 2024 takes a time that grows with the
+square of it (CVE-2024-6232)."""
+
+_READ_AHEAD_BYTES: Final = 128 << 10
+_OVERHEAD_BYTES: Final = 4 * _READ_AHEAD_BYTES
+"""The most that is read for an entry beside its data, what is read ahead included."""
+
+_MOST_DEEP: Final = 32
 _RECORD: Final = bytes(tarfile.RECORDSIZE)
-_TROUBLE: Final = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
+_FURTHER_HEADERS: Final = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+_TROUBLE: Final = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, EOFError)
 """What `tarfile` raises over a malformed archive, by intent or not."""
 
 
@@ -132,9 +149,12 @@ def unpack(source: Source, directory: str, size: int) -> None:
         OSError: the file system refuses. What was unpacked until then stays in the directory.
     """
     room = size
+    metered = _Metered(source)
     try:
-        with tarfile.open(fileobj=source, mode="r|", bufsize=CHUNK_BYTES) as archive:  # type: ignore[call-overload]  # it only reads
-            for member in archive:
+        with tarfile.open(fileobj=metered, mode="r|", bufsize=_READ_AHEAD_BYTES, tarinfo=_Member) as archive:  # type: ignore[call-overload]  # it only reads
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # which would otherwise hold all there are
+                metered.allow(member.size)
                 room -= max(0, member.size)
                 _check(member, room)
                 parts = _parts(member)
@@ -145,6 +165,39 @@ def unpack(source: Source, directory: str, size: int) -> None:
         raise
     except _TROUBLE as error:
         raise ArchiveError(f"the archive is malformed: {error}") from error
+
+
+class _Member(tarfile.TarInfo):
+    """An entry whose further header is looked at before it is read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _FURTHER_HEADERS and not 0 <= member.size <= _HEADER_BYTES:
+            raise ArchiveError(f"a header of the archive says that {member.size} bytes belong to it")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise ArchiveError(f"entry {member.name[:_LOGGED_NAME]!r} of the archive is a file with holes")
+        return member
+
+
+class _Metered:
+    """A source that ends where an entry takes more than its data and something for its headers."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._left = _OVERHEAD_BYTES
+
+    def allow(self, size: int) -> None:
+        """Allow for the data of an entry and the headers of the next."""
+        self._left = size + _OVERHEAD_BYTES
+
+    def read(self, count: int, /) -> bytes:
+        data = self._source.read(count)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ArchiveError("the archive has headers without end")
+        return data
 
 
 def _check(member: tarfile.TarInfo, room: int) -> None:
@@ -159,6 +212,8 @@ def _parts(member: tarfile.TarInfo) -> list[str]:
     parts = [part for part in member.name.split("/") if part not in {"", "."}]
     if member.name.startswith("/") or ".." in parts or (not parts and not member.isdir()):
         raise ArchiveError(f"entry {member.name[:_LOGGED_NAME]!r} of the archive would leave its directory")
+    if len(parts) > _MOST_DEEP:
+        raise ArchiveError(f"entry {member.name[:_LOGGED_NAME]!r} of the archive is too deep")
     return parts
 
 

@@ -6,13 +6,19 @@ it promises, a value that makes no sense, or a memory that grows.
 
 from __future__ import annotations
 
+import io
+import os
+import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from google.protobuf.message import DecodeError, Message
 
+from libcontainerd import _archive as archive
 from libcontainerd import oci
 from libcontainerd._events import catchup
 from libcontainerd._events.decode import MalformedEvent, decode
@@ -153,6 +159,41 @@ _ANSWERS: Final[dict[type[Message], Callable[[Message], None]]] = {
 }
 
 
+def archives(data: bytes) -> None:
+    """A checkpoint's archive, unpacked beside something that must stay as it is."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
+        beside, place = Path(directory, "beside"), Path(directory, "place")
+        beside.write_bytes(b"as it was")
+        place.mkdir()
+        with suppress(archive.ArchiveError, OSError):
+            archive.unpack(io.BytesIO(data), str(place), len(data))
+        assert beside.read_bytes() == b"as it was"
+        assert sorted(os.listdir(directory)) == ["beside", "place"]
+        found = list(place.rglob("*"))
+        assert not any(each.is_symlink() for each in found)
+        assert sum(each.stat().st_size for each in found if each.is_file()) <= len(data)
+        assert len(found) <= len(data) // 16
+
+
+def _archive_seeds() -> list[bytes]:
+    found = []
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        written = io.BytesIO()
+        with tarfile.open(fileobj=written, mode="w", format=form) as tar:
+            for name, kind in (
+                ("a", tarfile.REGTYPE),
+                ("d", tarfile.DIRTYPE),
+                ("d/" + "é" * 60, tarfile.REGTYPE),
+                ("l", tarfile.SYMTYPE),
+            ):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, "../beside"
+                member.size = 5 if kind == tarfile.REGTYPE else 0
+                tar.addfile(member, io.BytesIO(b"image"))
+        found.append(written.getvalue()[: -tarfile.BLOCKSIZE * 8])
+    return found
+
+
 def _event_seed() -> bytes:
     from libcontainerd._wire.pb.events import task_pb2
 
@@ -176,6 +217,7 @@ def seeds(name: str) -> list[bytes]:
     return {
         "events": [_event_seed()],
         "type_urls": [packed.SerializeToString(), details.SerializeToString()],
+        "archives": _archive_seeds(),
         "specs": [spec, oci.dump(oci.Process(args=["a"], cwd="/"))],
         "answers": [
             ContainerMessage(id="c", spec=packed).SerializeToString(),
@@ -190,4 +232,5 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "type_urls": type_urls,
     "specs": specs,
     "answers": answers,
+    "archives": archives,
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libcontainerd import _archive as archive
-from libcontainerd._archive import ArchiveError, Entry, pack, survey, unpack
+from libcontainerd._archive import CHUNK_BYTES, ArchiveError, Entry, pack, survey, unpack
 
 
 def packed(directory: Path) -> bytes:
@@ -272,6 +273,80 @@ def test_a_tower_of_long_names_is_refused(place: Path) -> None:
 
     with pytest.raises(ArchiveError, match="malformed"):
         unpacked(one * 5000, place)
+
+
+class Endless:
+    """An archive that begins with something, and goes on with one block for ever; it counts what is read."""
+
+    def __init__(self, begin: bytes, block: bytes) -> None:
+        self._begin = begin
+        self._block = block
+        self.read_bytes = 0
+
+    def read(self, count: int, /) -> bytes:
+        data = (self._begin + self._block * (count // len(self._block) + 1))[:count]
+        self._begin = b""
+        self.read_bytes += len(data)
+        assert self.read_bytes < 50_000_000, "it would be read for ever"
+        return data
+
+
+def test_a_header_is_not_read_before_its_size_is_looked_at(place: Path) -> None:
+    """It would fill the memory; and of digits alone, `tarfile` would ponder over it for hours."""
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        header = member("header", kind, size=1 << 30).tobuf(tarfile.GNU_FORMAT)
+        source = Endless(header, b"1" * 512)
+        with pytest.raises(ArchiveError, match="says that 1073741824 bytes belong to it"):
+            unpack(source, str(place), 1 << 40)
+        assert source.read_bytes <= 2 * CHUNK_BYTES
+
+
+def test_a_map_of_holes_without_end_is_refused(place: Path) -> None:
+    """In the old format it is in the header and the blocks that follow, each of which says that there is one more."""
+    for size in (0, 512):
+        header = bytearray(member("holes", tarfile.GNUTYPE_SPARSE, size=size).tobuf(tarfile.GNU_FORMAT))
+        header[482] = 1
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        with pytest.raises(ArchiveError, match="'holes' of the archive is a file with holes"):
+            unpack(Endless(bytes(header), b"\1" * 512), str(place), 1 << 40)
+        with pytest.raises(ArchiveError):
+            unpacked(bytes(header), place)
+
+
+def test_headers_without_end_are_refused(place: Path) -> None:
+    """A list of numbers that a header announces, and that goes on in the data."""
+    entry = member("holes", size=512)
+    entry.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+    begin = entry.tobuf(tarfile.PAX_FORMAT) + b"9999999999\n"
+    with pytest.raises(ArchiveError, match="headers without end"):
+        unpack(Endless(begin, b"1\n"), str(place), 1 << 40)
+    assert tree(place) == {}
+
+
+def test_a_few_bytes_do_not_make_a_tower_of_directories(place: Path) -> None:
+    for kind in (tarfile.DIRTYPE, tarfile.REGTYPE):
+        with pytest.raises(ArchiveError, match="is too deep"):
+            unpacked(tar_of((member("a/" * 33 + "b", kind), b"")), place)
+    assert tree(place) == {}
+    unpacked(tar_of((member("a/" * 31 + "b", tarfile.DIRTYPE), b"")), place)
+
+
+def test_entries_are_not_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive of a million empty entries would be many times as large in memory."""
+    alive: weakref.WeakSet[tarfile.TarInfo] = weakref.WeakSet()
+    kept: list[int] = []
+    check = archive._check
+
+    def count(entry: tarfile.TarInfo, room: int) -> None:
+        alive.add(entry)
+        kept.append(len(alive))
+        check(entry, room)
+
+    monkeypatch.setattr(archive, "_check", count)
+    unpacked(tar_of(*[file(f"f{number}", b"") for number in range(50)]), place)
+    assert len(kept) == 50
+    assert max(kept) <= 3
 
 
 @given(data=st.data())

@@ -57,7 +57,7 @@ def test_what_is_found_is_kept_and_can_be_seen_again(
 def test_what_cannot_be_run_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["x"], ["5", "nothing"]):
         assert fuzz.main(arguments) == 2
-        assert "Targets: events, type_urls, specs, answers" in capsys.readouterr().out
+        assert "Targets: events, type_urls, specs, answers, archives" in capsys.readouterr().out
 
 
 def test_a_target_that_holds_has_its_time(capsys: pytest.CaptureFixture[str]) -> None:

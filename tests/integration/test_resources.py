@@ -128,14 +128,15 @@ def test_the_usage_grows_with_what_is_used(client: Client, spec: MakeSpec) -> No
             collected.wait_for(b"done\n" * round_number, timeout=40)
         busy = client.stats("c").usage
         client.exec("c", "e", process("sleep", "1000"))
-        crowded = client.stats("c").usage
+        # What brought the exec in may be there for a moment longer.
+        wait_until(lambda: client.stats("c").usage.pids == 2, "init and the exec are all", timeout=30)
 
     assert idle.cpu_ns is not None and busy.cpu_ns is not None  # noqa: PT018 - for mypy
     assert idle.memory_working_set_bytes is not None and busy.memory_working_set_bytes is not None  # noqa: PT018
     assert busy.cpu_ns > idle.cpu_ns > 0
     assert busy.memory_working_set_bytes > idle.memory_working_set_bytes + 500_000
     assert (idle.memory_limit_bytes, idle.pids_limit) == (64 << 20, 40)
-    assert (idle.pids, busy.pids, crowded.pids) == (1, 1, 2)
+    assert (idle.pids, busy.pids) == (1, 1)
     assert (idle.oom_kills, idle.swap_bytes) == (0, 0)
 
 

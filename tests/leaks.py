@@ -63,6 +63,34 @@ def no_leaks(within: float = 10.0) -> Iterator[None]:
         time.sleep(_POLL_INTERVAL)
 
 
+@contextmanager
+def no_leaks_of_ours(directory: str | os.PathLike[str], within: float = 30.0) -> Iterator[None]:
+    """Fail if the block leaves descriptors below a directory, or threads of the library, behind.
+
+    For tests beside a server in this process, whose threads come and stay as calls come.
+
+    Args:
+        directory: Where the FIFOs are.
+        within: As for `no_leaks`.
+
+    Raises:
+        AssertionError: something is still there at the deadline; the message names it.
+    """
+    before = _ours(directory)
+    yield
+    deadline = time.monotonic() + within
+    while left := _ours(directory) - before:
+        assert time.monotonic() < deadline, f"left behind after {within} s: {dict(left)}"
+        time.sleep(_POLL_INTERVAL)
+
+
+def _ours(directory: str | os.PathLike[str]) -> Counter[str]:
+    below = os.path.join(directory, "")
+    targets = (target for target in _descriptor_targets() if target.startswith(below))
+    threads = (thread.name for thread in threading.enumerate() if thread.name.startswith("libcontainerd"))
+    return Counter([*targets, *threads])
+
+
 def _descriptor_targets() -> Iterator[str]:
     directory = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
     try:

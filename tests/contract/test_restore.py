@@ -22,7 +22,7 @@ from tests.integration.containers import (
     wait_exec_gone,
     wait_until,
 )
-from tests.leaks import no_leaks
+from tests.leaks import no_leaks_of_ours
 
 MakeClient = Callable[..., Client]
 
@@ -368,12 +368,14 @@ def test_fifos_that_are_gone(
     assert not bundle.exists()
 
 
-def test_a_destination_opens_nothing(earlier: Client, client: Client, services: Services) -> None:
+def test_a_destination_opens_nothing(
+    earlier: Client, client: Client, services: Services, tmp_path: Path
+) -> None:
     earlier.create("c", services.spec(*programs.CAT))
     start_to_talk(earlier)
     earlier.close()
 
-    with no_leaks():
+    with no_leaks_of_ours(tmp_path):
         client.restore("c", cio.null_io)
     client.signal_process("c", "init", signal.SIGKILL)
     assert client.wait("c").code == 137
@@ -394,7 +396,9 @@ def test_what_is_in_use_or_unknown(earlier: Client, client: Client, services: Se
         client.restore("c")
 
 
-def test_a_callback_that_fails_leaves_no_record(earlier: Client, client: Client, services: Services) -> None:
+def test_a_callback_that_fails_leaves_no_record(
+    earlier: Client, client: Client, services: Services, tmp_path: Path
+) -> None:
     earlier.create("c", services.spec(*programs.CAT))
     start_to_talk(earlier)
     talking = Collected()
@@ -406,7 +410,7 @@ def test_a_callback_that_fails_leaves_no_record(earlier: Client, client: Client,
     def fail(exec_id: str, dio: cio.DirectIO) -> cio.IO:
         raise ZeroDivisionError(exec_id)
 
-    with no_leaks(), pytest.raises(ZeroDivisionError, match="e"):
+    with no_leaks_of_ours(tmp_path), pytest.raises(ZeroDivisionError, match="e"):
         client.restore("c", attached, attach_exec_stdio=fail)
 
     with pytest.raises(NotFoundError):

@@ -30,7 +30,7 @@ from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.events.task_pb2 import TaskExit
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.testing import FakeContainerd
-from tests.leaks import no_leaks
+from tests.leaks import no_leaks_of_ours
 from tests.unit.beside import DEADLINE, Beside, eventually, race
 
 SPEC = {"ociVersion": "1.0.2", "process": {"args": ["/bin/true"], "cwd": "/"}, "root": {"path": "/"}}
@@ -259,7 +259,7 @@ def test_a_restore_that_gets_no_answer_leaves_no_record(
 ) -> None:
     leave(fake, "c", execs=("e",), attach_stdio=keep)
     fake.fail(method)
-    with no_leaks():
+    with no_leaks_of_ours(fake.state_dir):
         with pytest.raises(UnavailableError, match="cannot restore container 'c'"):
             client.restore("c", keep)
         with pytest.raises(NotFoundError):
@@ -290,7 +290,7 @@ def test_an_exec_that_gets_no_answer_spoils_its_container_and_no_other(
 def test_lists_that_do_not_come_leave_no_record(fake: FakeContainerd, client: Client, method: str) -> None:
     leave(fake, "c", attach_stdio=keep)
     fake.fail(method)
-    with no_leaks(), pytest.raises(UnavailableError, match="namespace 'test'"):
+    with no_leaks_of_ours(fake.state_dir), pytest.raises(UnavailableError, match="namespace 'test'"):
         client.restore_all(keep)
 
     assert client.restore_all(keep).keys() == {"c"}
@@ -298,7 +298,7 @@ def test_lists_that_do_not_come_leave_no_record(fake: FakeContainerd, client: Cl
 
 def test_close_ends_a_restore(fake: FakeContainerd) -> None:
     leave(fake, "c", execs=("e",), attach_stdio=keep)
-    with no_leaks():
+    with no_leaks_of_ours(fake.state_dir):
         client = connect(fake)
         asked = fake.hang("Tasks/Get", where=of_exec("e"))
         restoring = Beside(lambda: client.restore("c", keep))

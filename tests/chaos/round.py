@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -127,13 +128,13 @@ class Round:
         assert self._remote._supervisor is not None
         if pid := self._remote._supervisor.pid:
             self.ledger.fault("containerd")
-            os.kill(pid, signal.SIGKILL)
+            _kill(pid)
 
     def _fault_shim(self) -> None:
         if shims := self._shims():
             pid = self._random.choice(sorted(shims))
             self.ledger.shim_killed(shims[pid])
-            os.kill(pid, signal.SIGKILL)
+            _kill(pid)
 
     def _fault_runner(self) -> None:
         self.daemon.kill()
@@ -222,3 +223,8 @@ class Round:
             time.sleep(0.1)
         self.forgotten += sorted(left & cut_off)
         return [f"a shim is left of {job}" for job in sorted(left - cut_off)]
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, signal.SIGKILL)

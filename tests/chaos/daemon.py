@@ -68,6 +68,12 @@ class Daemon:
         self._process.send_signal(signal.SIGTERM)
         return self._end()
 
+    def close(self) -> None:
+        """End it whatever it does, if it has not ended: after a round that was interrupted."""
+        if self.alive:
+            self._process.kill()
+            self._end()
+
     def dump(self) -> None:
         """Make it write its threads' stacks, which ends it."""
         self._process.send_signal(signal.SIGABRT)

@@ -77,7 +77,15 @@ def make(containerd_binary: Path, rootfs: Path, directory: Path) -> Iterator[Cal
             ) as channel,
         ):
             raw = Raw(channel, namespace)
-            yield lambda seed: Round(seed, remote, proxy, raw, directory=directory, rootfs=rootfs)
+            made: list[Round] = []
+
+            def start(seed: int) -> Round:
+                made.append(Round(seed, remote, proxy, raw, directory=directory, rootfs=rootfs))
+                return made[-1]
+
+            yield start
+            for each in made:
+                each.daemon.close()
             kill_shims(remote.address)
     finally:
         shutil.rmtree(Path("/run/containerd/runc", namespace), ignore_errors=True)

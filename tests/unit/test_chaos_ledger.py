@@ -96,6 +96,14 @@ def test_a_start_that_was_cut_off_may_have_run_or_not(ledger: Ledger) -> None:
     assert ledger.cut_off() == {"a"}
 
 
+def test_the_end_of_a_start_that_was_cut_off_is_lost_only_with_a_runner(ledger: Ledger) -> None:
+    ledger.fault("connection")
+    tell(ledger, started())
+    assert ledger.problems() == ["a: run 7: no exit"]
+    ledger.runner_killed()
+    assert ledger.problems() == []
+
+
 def test_an_exit_may_be_told_again_by_a_later_runner_but_not_otherwise(ledger: Ledger) -> None:
     tell(ledger, started(), wrote(PROGRAM.text), ended(3))
     ledger.runner_killed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import select
@@ -32,7 +33,6 @@ _TAIL_LINES: Final = 200
 _BACKLOG_LINES: Final = 10_000
 _LINE_BYTES: Final = 16 * 1024
 _READ_BYTES: Final = 64 * 1024
-_READS_AFTER_END: Final = 16  # more than the pipe holds; a descendant that kept it may write for ever
 
 _LEVEL: Final = re.compile(r'(?:^|\s)level="?([a-z]+)')
 _METHODS: Final = {
@@ -311,14 +311,15 @@ class Child:
         poller = select.poll()
         poller.register(output.fileno(), select.POLLIN)
         poller.register(handle, select.POLLIN)
-        reads_left = _READS_AFTER_END
-        while reads_left:
+        # What it wrote is not more than the pipe holds once it has ended; a descendant that kept it may write for ever.
+        left = fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        while left > 0:
             ready = {descriptor for descriptor, _ in poller.poll()}
-            if handle in ready:
-                reads_left -= 1
             if output.fileno() in ready:
                 data = output.read(_READ_BYTES)
                 lines.feed(data)
+                if handle in ready:
+                    left -= len(data)
                 if not data:
                     poller.unregister(output.fileno())
             elif handle in ready:

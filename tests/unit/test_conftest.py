@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,22 @@ def test_a_thread_left_running_is_a_leak() -> None:
         thread.start()
     stop.set()
     thread.join()
+
+
+def test_a_pool_that_was_there_may_grow_and_a_new_one_may_not_stay() -> None:
+    held = threading.Event()
+    with (
+        ThreadPoolExecutor(8, thread_name_prefix="before") as earlier,
+        ThreadPoolExecutor(8, thread_name_prefix="within") as another,
+    ):
+        try:
+            earlier.submit(held.wait)
+            with leaks.no_leaks(within=0.05):
+                earlier.submit(held.wait)
+            with pytest.raises(AssertionError, match="thread within_0"), leaks.no_leaks(within=0.05):
+                another.submit(held.wait)
+        finally:
+            held.set()
 
 
 def test_what_is_gone_before_the_deadline_is_no_leak() -> None:

@@ -101,13 +101,15 @@ class Runner:
         with self.output:
             print(json.dumps({"event": event, **fields}), flush=True)
 
-    def patiently(self, call: Callable[[], Result]) -> Result:
+    def patiently(
+        self, call: Callable[[], Result], passing: tuple[type[LibcontainerdError], ...] = AWAY
+    ) -> Result:
         """Call, and again while containerd is away: it will be back, and the client's channel with it."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 return call()
-            except AWAY:
+            except passing:
                 if self.stopping.wait(PAUSE) or time.monotonic() > deadline:
                     raise
 
@@ -151,12 +153,11 @@ class Runner:
 
         with job.lock:
             try:
-                job.pid = self.patiently(start)
+                # A start that was cut off with an earlier runner can bring its task to light between the two.
+                job.pid = self.patiently(start, (*AWAY, ConflictError))
             except BaseException:
-                with suppress(
-                    LibcontainerdError
-                ):  # no such program, say: the container is still ours to delete
-                    self.client.delete(job_id)
+                with suppress(LibcontainerdError):  # no such program, say: the container is still ours
+                    self.patiently(partial(self.client.delete, job_id))
                 self.forget(job_id)
                 raise
         return job.pid

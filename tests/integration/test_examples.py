@@ -9,15 +9,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from libcontainerd import Remote
+from libcontainerd.testing import FakeContainerd
 from tests.integration.containers import Raw, alive, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -257,6 +260,36 @@ def test_the_runner_says_what_it_cannot_do(runner: Callable[[], RunnerProcess]) 
     one.send(do="dance")
     assert one.await_line(event="failed", command={"do": "dance"})["error"] == "that is no command"
     assert one.end(None)[0] == 0
+
+
+def test_the_runner_begins_a_start_anew_whose_place_another_task_takes(tmp_path: Path) -> None:
+    # As that of an earlier runner's start does, which was cut off: it comes to light when it likes.
+    refused = threading.Event()
+
+    def refuse(_request: object) -> bool:
+        refused.set()
+        return True
+
+    with FakeContainerd("host") as fake:
+        one = RunnerProcess(fake.address, tmp_path / "state", "runner", "/")
+        fake.fail("Tasks/Create", grpc.StatusCode.ALREADY_EXISTS, "task a: already exists", where=refuse)
+        # So that it does not see that there is none in truth.
+        fake.fail("Tasks/Get", where=lambda _: refused.is_set())
+        one.send(do="run", job="a", args=["sh", "-c", "exit 4"])
+        one.await_line(event="removed", job="a")
+        assert one.end(None)[0] == 0
+    assert [line["code"] for line in one.lines if line["event"] == "exit"] == [4]
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_the_runner_removes_what_it_could_not_start_when_containerd_is_back(tmp_path: Path) -> None:
+    with FakeContainerd("host") as fake:
+        one = RunnerProcess(fake.address, tmp_path / "state", "runner", "/")
+        fake.fail("Containers/Delete", grpc.StatusCode.UNAVAILABLE, "away")
+        one.send(do="run", job="a", args=["no-such-program"])
+        assert "no-such-program" in str(one.await_line(event="failed")["error"])
+        assert one.end(None)[0] == 0
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

@@ -40,7 +40,6 @@ from libcontainerd import (
     DeadlineExceededError,
     EventInfo,
     EventType,
-    ExitStatus,
     LibcontainerdError,
     NotFoundError,
     Restored,
@@ -221,23 +220,19 @@ class Runner:
         if over:
             self.remove(job_id)
 
-    def remove(self, job_id: str) -> ExitStatus | None:
-        """Remove a container and its task; returns how that ended, if containerd knows."""
-        status = self.patiently(partial(self.delete_task, job_id))
+    def remove(self, job_id: str) -> None:
+        """Remove a container and its task."""
+        self.patiently(partial(self.delete_task, job_id))
         with suppress(NotFoundError):
             self.patiently(partial(self.client.delete, job_id))
         self.forget(job_id)
         self.say("removed", job=job_id)
-        return status
 
-    def delete_task(self, job_id: str) -> ExitStatus | None:
-        """Delete a task. This verb returns its errors, as Go's does."""
-        status = self.client.delete_task(job_id)
-        if isinstance(status.error, NotFoundError):
-            return None
-        if status.error is not None:
-            raise status.error
-        return status
+    def delete_task(self, job_id: str) -> None:
+        """Delete a task, if it is there. The client's verb returns its errors, as Go's does."""
+        error = self.client.delete_task(job_id).error
+        if error is not None and not isinstance(error, NotFoundError):
+            raise error
 
     def forget(self, job_id: str) -> None:
         """Let its name be used again."""
@@ -273,8 +268,10 @@ class Runner:
         """Finish what the earlier runner was doing with a job when it was killed."""
         try:
             if not restored.alive:  # nobody will be told by an event
-                if (status := self.remove(job_id)) and restored.pid:
+                if restored.pid:  # told before it is removed: who is killed between the two has a successor
+                    status = self.client.wait(job_id)
                     self.say_exit(job_id, None, restored.pid, status.code, status.exited_at)
+                self.remove(job_id)
             elif (
                 self.patiently(partial(self.client.status, job_id)) is Status.CREATED
             ):  # and would be for ever

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from libcontainerd import _cleanup as cleanup
 from libcontainerd._checkpoint import surveyed, with_criu_log
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from libcontainerd._wire.connection import Deadline
     from libcontainerd._wire.shelter import Lease, Shelter
     from libcontainerd.cio import AttachStdio
+
+
+_PAUSED: Final = re.compile(r"\bin a paused (?:state|container)\b")
+"""The runtime's word, which no code says; a freeze's event may be still on its way."""
 
 
 class Starter:
@@ -226,6 +231,6 @@ def _refused_when_ended(container: Container) -> Iterator[None]:
     try:
         yield
     except FailedPreconditionError as error:
-        if container.is_paused():
+        if container.is_paused() or _PAUSED.search(str(error)):
             raise
         raise InvalidParameterError(f"{error}: container is not running") from error

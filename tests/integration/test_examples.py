@@ -313,7 +313,9 @@ def test_a_runner_takes_back_the_jobs_of_an_earlier_one(
     told = second.await_line(event="restored", job="lives")
     assert (told["alive"], told["pid"], told["steps"]) == (True, pids["lives"], {"s": step})
     assert second.await_line(event="exit", job="ends")["code"] == 137
-    second.await_line(event="removed", job="ends")
+    removed = second.await_line(event="removed", job="ends")
+    ended = second.await_line(event="exit", job="ends")
+    assert second.lines.index(ended) < second.lines.index(removed), "who is killed between has a successor"
     second.send(do="kill", job="lives", step="s", signal=9)
     assert second.await_line(event="exit", job="lives", step="s")["code"] == 137
     second.send(do="exec", job="lives", step="t", args=["sh", "-c", "exit 6"])

@@ -622,6 +622,20 @@ def test_an_exec_that_fails_leaves_nothing(
     client.exec("web", "e", PROCESS)
 
 
+@pytest.mark.parametrize("method", ["Tasks.Exec", "Tasks.Start"])
+def test_an_exec_is_refused_while_the_event_of_a_freeze_is_on_its_way(
+    client: Client, server: Scripted, method: str
+) -> None:
+    started(client)
+    said = "cannot exec in a paused state" if method == "Tasks.Exec" else "cannot exec in a paused container"
+    server.script(method, fail(UNKNOWN, said))
+    with pytest.raises(FailedPreconditionError, match="paused"):
+        client.exec("web", "e", PROCESS)
+    server.script(method, fail(UNKNOWN, "cannot exec in a stopped state"))
+    with pytest.raises(InvalidParameterError, match="container is not running"):
+        client.exec("web", "e", PROCESS)
+
+
 @pytest.mark.parametrize("exec_id", ["init", "web", "a/b", ""])
 def test_an_execs_id_is_its_own(client: Client, server: Scripted, exec_id: str) -> None:
     started(client)

@@ -40,6 +40,7 @@ from libcontainerd import (
     DeadlineExceededError,
     EventInfo,
     EventType,
+    FailedPreconditionError,
     LibcontainerdError,
     NotFoundError,
     Restored,
@@ -137,9 +138,7 @@ class Runner:
 
     def run(self, job_id: str, args: list[str]) -> int:
         """Make and start a container. A start of which nobody knows how it ended is begun anew."""
-        spec = oci.build(
-            oci.default_spec(), oci.with_rootfs(self.rootfs, readonly=True), oci.with_args(*args)
-        )
+        spec = self.spec(args)
         job = Job()
         with self.changed:
             if job_id in self.jobs:
@@ -160,6 +159,12 @@ class Runner:
                 self.forget(job_id)
                 raise
         return job.pid
+
+    def spec(self, args: list[str]) -> oci.Spec:
+        """What a job's container is to be."""
+        return oci.build(
+            oci.default_spec(), oci.with_rootfs(self.rootfs, readonly=True), oci.with_args(*args)
+        )
 
     def exec(self, job_id: str, step: str, args: list[str]) -> int:
         """Start a further process. It is not tried twice: a step that may have run is not run again."""
@@ -224,7 +229,7 @@ class Runner:
         """Remove a container and its task."""
         self.patiently(partial(self.delete_task, job_id))
         with suppress(NotFoundError):
-            self.patiently(partial(self.client.delete, job_id))
+            self.patiently(partial(self.delete, job_id))
         self.forget(job_id)
         self.say("removed", job=job_id)
 
@@ -233,6 +238,14 @@ class Runner:
         error = self.client.delete_task(job_id).error
         if error is not None and not isinstance(error, NotFoundError):
             raise error
+
+    def delete(self, job_id: str) -> None:
+        """Delete a container, with a task that has come to light since: of a start that was cut off with an earlier runner."""
+        try:
+            self.client.delete(job_id)
+        except FailedPreconditionError:
+            self.client.replace(job_id, self.spec(["true"]))  # which ends whatever goes by that name
+            self.client.delete(job_id)
 
     def forget(self, job_id: str) -> None:
         """Let its name be used again."""

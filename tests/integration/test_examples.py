@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from libcontainerd import Remote
+from libcontainerd import Client, Remote, oci
 from libcontainerd.testing import FakeContainerd
 from tests.integration.containers import Raw, alive, wait_until
 
@@ -279,6 +279,31 @@ def test_the_runner_begins_a_start_anew_whose_place_another_task_takes(tmp_path:
         one.await_line(event="removed", job="a")
         assert one.end(None)[0] == 0
     assert [line["code"] for line in one.lines if line["event"] == "exit"] == [4]
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_the_runner_removes_a_task_that_comes_to_light_after_the_restore(tmp_path: Path) -> None:
+    came = threading.Event()
+
+    with FakeContainerd("host") as fake:
+        with Client(fake.address, namespace="runner", state_dir=tmp_path / "state") as earlier:
+            earlier.create(
+                "a", oci.build(oci.default_spec(), oci.with_rootfs("/"), oci.with_args("sleep", "1000"))
+            )
+
+        def carry_out_the_start_of_an_earlier_runner(_request: object) -> bool:
+            if not came.is_set():
+                came.set()
+                with grpc.insecure_channel(f"unix:{fake.address}") as channel:
+                    Raw(channel, "runner").create_task("a")
+            return False
+
+        fake.fail("Tasks/Get", where=carry_out_the_start_of_an_earlier_runner)
+        one = RunnerProcess(fake.address, tmp_path / "state", "runner", "/")
+        one.await_line(event="restored", job="a")
+        one.await_line(event="removed", job="a")
+        assert one.end(None)[0] == 0
+    assert came.is_set()
     assert list((tmp_path / "state").iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from benchmarks import bare_stubs
 from benchmarks.protocol import WRITER, serve
 
+# What comes after it is imported late on purpose (E402): the generated code has to find the bare stubs in place.
 bare_stubs.install()
 
 import grpc  # noqa: E402

@@ -286,7 +286,10 @@ def test_a_directory_that_cannot_be_used_is_refused_before_anything_happens(
 
     assert os.listdir(tmp_path / "full") == ["file"]
     assert client.status("c") is Status.RUNNING
-    assert [each.event for each in backend.events("c")] == [EventType.CREATE, EventType.START]
+    end(client)
+    assert exit_of(backend, "c") == 137
+    # Nothing was frozen: that would have come before the exit.
+    assert [each.event for each in backend.events("c")] == [EventType.CREATE, EventType.START, EventType.EXIT]
 
 
 @WITH_CRIU

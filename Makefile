@@ -61,6 +61,12 @@ chaos: setup ## kill containerd, shims, client and connection in the middle of t
 soak: setup ## create, start, exec, exit, delete for SECONDS=600, and say what the client holds per 1,000 execs
 	@$(PYTHON) -m benchmarks.soak $(if $(filter command%,$(origin SECONDS)),$(SECONDS),600)
 
+LATE := events:0.3,queue:0.2 answers:0.1,requests:0.05 output:0.1,threads:0.1
+.PHONY: late
+late: setup ## run contract and integration tests with events, answers, output and threads that come late for certain
+	@failed=0; for late in $(LATE); do LIBCONTAINERD_TEST_LATE=$$late $(PYTEST) -q $(PARALLEL) --timeout 240 \
+		tests/contract tests/integration || failed=1; done; exit $$failed
+
 .PHONY: oldest
 oldest: ## run the unit tests on the oldest supported grpcio, protobuf and pydantic
 	@tools/setup.sh oldest

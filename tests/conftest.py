@@ -15,7 +15,7 @@ from typing import Protocol
 import pytest
 from hypothesis import settings
 
-from tests import leaks, servers
+from tests import late, leaks, servers
 
 # Long enough for the full counts on two slow cores; tests that name a timeout of their own keep it.
 _STRESS_TIMEOUT = 600
@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Look for the servers once, and choose how many examples property-based tests draw."""
     try:
         servers.choose()
+        late.install(os.environ.get(late.VARIABLE, ""))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     _take_signals()
@@ -124,6 +125,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"contract: {count} tests on {name}")
     if _stressed():
         terminalreporter.write_line("LIBCONTAINERD_STRESS=1: with the full counts")
+    if os.environ.get(late.VARIABLE):
+        terminalreporter.write_line(f"{late.VARIABLE}={os.environ[late.VARIABLE]}: and that late")
 
 
 # --------------------------------------------------------------------------------------------------------- fixtures

@@ -168,6 +168,7 @@ class Creator:
             container.release_deletion()
             raise
         try:
+            container.yield_bundle()
             if container.bundle is not None:
                 container.bundle.remove()
         finally:

@@ -172,7 +172,20 @@ class Container:
         changed: The record's lock, and the condition that its waiters wait for: notified at every change.
     """
 
-    __slots__ = ("_deleting", "_exits", "_runs", "bundle", "changed", "execs", "facts", "id", "ready", "task")
+    __slots__ = (
+        "_deleting",
+        "_exits",
+        "_runs",
+        "_tidying",
+        "_yielded",
+        "bundle",
+        "changed",
+        "execs",
+        "facts",
+        "id",
+        "ready",
+        "task",
+    )
 
     def __init__(self, container_id: str, earlier_runs: Iterable[tuple[str, int]] = ()) -> None:
         self.id = container_id
@@ -185,6 +198,8 @@ class Container:
         self.task: Process | None = None
         self.execs: dict[str, Process] = {}
         self._deleting = False
+        self._tidying = 0  # threads that are removing a process's files from the bundle
+        self._yielded = False  # the bundle is nobody's any more, or a later container's
         self._exits: OrderedDict[str, ExitStatus] = OrderedDict()
         # An exit of an earlier container of the same id may come late, or twice: it must not become this one's.
         self._runs: OrderedDict[tuple[str, int], None] = OrderedDict.fromkeys(earlier_runs)
@@ -346,6 +361,31 @@ class Container:
         """The deletion failed: the container stays."""
         with self.changed:
             self._deleting = False
+
+    def yield_bundle(self) -> None:
+        """The container's deletion removes the bundle, and a successor may have one of the same path.
+
+        So nothing of this container's removes files from now on, such as the clean-up after an exec whose output nobody
+        read, or that containerd was slow to delete. One that is at it is waited for.
+        """
+        with self.changed:
+            self._yielded = True
+            self.changed.wait_for(lambda: not self._tidying)
+
+    def remove_files(self, attached: Attached) -> None:
+        """Remove the FIFOs of a process that is gone, unless the bundle was yielded."""
+        with self.changed:
+            ours = not self._yielded
+            self._tidying += ours
+        if not ours:
+            attached.disown()
+            return
+        try:
+            attached.unlink()
+        finally:
+            with self.changed:
+                self._tidying -= 1
+                self.changed.notify_all()
 
     def claim_removal(self, process: Process, timeout: float) -> bool:
         """Become the one thread that deletes this process in containerd; False once another has done so.

@@ -204,6 +204,7 @@ class Starter:
                     if process.attached is not None and not unmade:
                         cleanup.remove_process(calls, container, process)
                     if process.attached is not None:
+                        container.remove_files(process.attached)
                         process.attached.discard()
                 finally:
                     container.forget(process)

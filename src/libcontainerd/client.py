@@ -832,7 +832,7 @@ class Client:
         try:
             # The exit's event is before the deletion's answer in time, but comes on another stream.
             self._delivery.settle(container, task)
-            self._delivery.finish(task, drained=drained)
+            self._delivery.finish(container, task, drained=drained)
         finally:
             container.forget(task)
         return task.exit or catchup.unknown_exit(None)

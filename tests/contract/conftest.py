@@ -20,7 +20,7 @@ from tests import servers
 from tests.conftest import USED
 from tests.contract import programs
 from tests.contract.servers import Server, Services, Subscription
-from tests.integration.containers import shims_of, wait_until
+from tests.integration.containers import divert_log, shims_of, wait_until
 
 # Tests keep content and snapshots that nothing refers to: no garbage collection may come upon them in between.
 _NO_COLLECTION = {
@@ -74,6 +74,7 @@ def _real(binary: Path, rootfs: Path, *, criu: bool) -> Iterator[Server]:
             environment=environment,
             plugins={} if criu else _NO_COLLECTION,
         ) as remote:
+            divert_log(remote, print)
             with remote.new_client("version") as client:
                 version = client.version().version
             yield Server(

@@ -99,6 +99,7 @@ def test_a_process_goes_on_counting_where_it_was(
     assert client.status("c") is Status.STOPPED
     assert client.delete_task("c").code == 137
     client.delete("c")
+    assert exit_of(backend, "c") == 137
 
     client.create("c", services.spec(*programs.COUNTING))
     backend.clear()
@@ -114,7 +115,7 @@ def test_a_process_goes_on_counting_where_it_was(
         count_on(restored, number)
     assert restored.out == b"4\n5\n"
     end(client)
-    exited = backend.wait_for(EventType.EXIT, "c", "init", timeout=20)
+    exited = backend.wait_for(EventType.EXIT, "c", "init", timeout=30)
     events = backend.events("c")
     assert [each.event for each in events] == [EventType.CREATE, EventType.START, EventType.EXIT]
     # Before it is started, a restored process is none.

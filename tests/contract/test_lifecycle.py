@@ -69,6 +69,7 @@ def test_from_create_to_delete(client: Client, services: Services, backend: Reco
     client.delete("c")
     assert services.container_ids() == set()
     assert not bundle.exists()
+    assert exit_of(backend, "c") == 3
     assert [event.event for event in backend.events("c")] == [
         EventType.CREATE,
         EventType.START,

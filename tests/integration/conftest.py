@@ -18,7 +18,7 @@ import structlog
 from libcontainerd import Client, Remote, oci
 from libcontainerd.backends import RecordingBackend
 from tests import servers
-from tests.integration.containers import MakeSpec, Raw, kill_shims, shims_of, wait_until
+from tests.integration.containers import MakeSpec, Raw, divert_log, kill_shims, shims_of, wait_until
 
 _LOG_LINES = 2000
 _log: deque[str] = deque(maxlen=_LOG_LINES)
@@ -26,11 +26,8 @@ _log: deque[str] = deque(maxlen=_LOG_LINES)
 
 
 def _keep(_logger: object, level: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
-    if event.get("event") == "containerd_log":
-        _log.append(f"containerd: {event.get('line')}")
-    else:
-        fields = " ".join(f"{key}={value!r}" for key, value in event.items() if key != "event")
-        _log.append(f"{level}: {event.get('event')} {fields}")
+    fields = " ".join(f"{key}={value!r}" for key, value in event.items() if key != "event")
+    _log.append(f"{level}: {event.get('event')} {fields}")
     raise structlog.DropEvent
 
 
@@ -69,6 +66,7 @@ def remote(containerd_binary: Path) -> Iterator[Remote]:
             path_prefix=path_prefix,
             environment=environment,
         ) as started:
+            divert_log(started, lambda line: _log.append(f"containerd: {line}"))
             yield started
             try:
                 wait_until(lambda: not shims_of(started.address), "all shims have ended")

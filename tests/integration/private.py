@@ -13,7 +13,7 @@ import grpc
 
 from libcontainerd import Client, Remote
 from libcontainerd.backends import RecordingBackend
-from tests.integration.containers import Raw, kill_shims, shims_of, wait_until
+from tests.integration.containers import Raw, divert_log, kill_shims, shims_of, wait_until
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def private_containerd(binary: Path, prepare: str) -> Iterator[Callable[[str, Re
         remote = undo.enter_context(
             Remote.start(directory / "root", directory / "state", binary=str(wrapper))
         )
+        divert_log(remote, print)
         undo.callback(kill_shims, remote.address)
         channel = undo.enter_context(
             grpc.insecure_channel(

@@ -16,6 +16,7 @@ from tests.integration.containers import (
     Collected,
     MakeSpec,
     Raw,
+    exit_of,
     process,
     run_exec,
     shims_of,
@@ -51,6 +52,7 @@ def test_a_loop_goes_on_counting_after_its_container_was_deleted(
     assert client.delete_task("c").error is None
     client.delete("c")
     first.wait()
+    assert exit_of(backend, "c") == 137
     backend.clear()
     client.create("c", made)
     second = Collected()
@@ -64,11 +66,13 @@ def test_a_loop_goes_on_counting_after_its_container_was_deleted(
     assert numbers(first) == list(range(1, len(numbers(first)) + 1))
     assert went_on == list(range(went_on[0], went_on[-1] + 1))
     assert went_on[0] == numbers(first)[-1] + 1
+    stop(client, "c")
+    assert exit_of(backend, "c") == 137
     assert [(each.event, each.info.pid) for each in backend.events("c")] == [
         (EventType.CREATE, 0),
         (EventType.START, pid),
+        (EventType.EXIT, pid),
     ]
-    stop(client, "c")
 
 
 def test_memory_files_and_processes_are_there_again(client: Client, spec: MakeSpec, tmp_path: Path) -> None:

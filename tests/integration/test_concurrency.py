@@ -464,8 +464,8 @@ def test_a_backend_that_blocks_for_some_containers_delays_no_other(
         with running(client, "free", spec("sleep", "1000")):
             for number in range(5):
                 run_exec(client, "free", f"e{number}", "true")
-                record.wait_for(EventType.EXIT, "free", f"e{number}", timeout=5)
-        assert record.wait_for(EventType.EXIT, "free", "init", timeout=5).info.exit_code == 137
+                record.wait_for(EventType.EXIT, "free", f"e{number}", timeout=30)
+        assert record.wait_for(EventType.EXIT, "free", "init", timeout=30).info.exit_code == 137
         assert {each.container_id for each in record.events()} == {"free"}
     finally:
         release.set()

@@ -182,6 +182,7 @@ def test_the_status_follows_the_task(
     client.delete("c")
     with pytest.raises(NotFoundError, match="no such container"):
         client.status("c")
+    assert exit_of(backend, "c") == 137
     assert kinds(backend, "c") == [
         ("create", "c"),
         ("start", "c"),

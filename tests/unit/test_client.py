@@ -682,6 +682,31 @@ def test_an_execs_deletion_that_fails_is_logged_and_the_record_dropped(
     assert client.wait("web", "e").code == 4
 
 
+def test_a_late_clean_up_leaves_the_files_of_a_successor_of_the_same_names(
+    client: Client, server: Scripted, backend: Recorder, state: Path
+) -> None:
+    """An exec's deletion is answered late, and meanwhile its container goes and another comes."""
+    started(client)
+    client.exec("web", "e", PROCESS, attach_stdio=lambda dio: dio)
+    record = client._containers.get("web", "look")
+    earlier = record.execs["e"]
+    answer = Held(first=True)
+    server.script("Tasks.DeleteProcess", answer)
+    server.exit("web", "e")
+    assert answer.begun.wait(DEADLINE)
+    server.exit("web")
+    backend.wait_for_exit()
+    client.delete_task("web")
+    client.delete("web")
+
+    started(client)
+    client.exec("web", "e", PROCESS, attach_stdio=lambda dio: dio)
+    answer.release()
+    eventually(lambda: record.is_gone(earlier), "the clean-up")
+
+    assert files(state) == ["web", "web/e-stderr", "web/e-stdout"]
+
+
 # --------------------------------------------------------------------------------------------------------- exits and wait
 
 

@@ -245,7 +245,7 @@ class Delivery:
             self._delete_exec(container, process)
         finally:
             try:
-                self.finish(process, drained=drained)
+                self.finish(container, process, drained=drained)
             finally:
                 container.forget(process)
 
@@ -282,11 +282,12 @@ class Delivery:
             self._log.warning("output_left_unread", container=container.id)
         return drained
 
-    def finish(self, process: Process, *, drained: bool) -> None:
+    def finish(self, container: Container, process: Process, *, drained: bool) -> None:
         """Close a deleted process's IO; what its owner may still read ends with `shut_leftovers` at the latest."""
         attached = process.attached
         if attached is None:
             return
+        container.remove_files(attached)
         left = attached.finish(drained=drained, hurry=self._closing.is_set)
         with self._lock:
             self._leftovers.update(left)

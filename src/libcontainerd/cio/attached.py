@@ -46,13 +46,13 @@ class Attached:
         direct: Our ends of the FIFOs; None for a destination that needs none.
     """
 
-    __slots__ = ("_fifos", "_io", "_mark", "direct", "stderr", "stdin", "stdout")
+    __slots__ = ("_io", "_paths", "direct", "stderr", "stdin", "stdout")
 
     def __init__(self, attach_stdio: Destination | FifoSet, mark: str = "") -> None:
         self.stdin = "" if isinstance(attach_stdio, Destination) else attach_stdio.stdin
         self.stdout, self.stderr = attach_stdio.stdout, attach_stdio.stderr
-        self._fifos = None if isinstance(attach_stdio, Destination) else attach_stdio
-        self._mark = mark
+        fifos = () if isinstance(attach_stdio, Destination) else attach_stdio.paths
+        self._paths = (*fifos, mark) if mark else fifos
         self._io: IO | None = None
         self.direct: DirectIO | None = None
 
@@ -247,10 +247,14 @@ class Attached:
         self._quietly("close")
 
     def unlink(self) -> None:
-        """Remove the FIFOs, or the mark in their place; the ends that are open live on."""
-        paths = () if self._fifos is None else self._fifos.paths
+        """Remove the FIFOs, or the mark in their place, once; the ends that are open live on."""
+        paths, self._paths = self._paths, ()
         with suppress(OSError):
-            unlink([*paths, *([self._mark] if self._mark else ())])
+            unlink(paths)
+
+    def disown(self) -> None:
+        """Remove no files any more: what is there under these names may be a successor's."""
+        self._paths = ()
 
     def _quietly(self, step: str) -> None:
         """Call the user's IO; what it raises is its own affair, said in the log."""

@@ -590,7 +590,8 @@ class InputStream(io.RawIOBase):
         pause = 0.0005
         while not self._has_reader() and time.monotonic() < deadline and not self._shut.wait(pause):
             pause = min(pause * 2, 0.02)
-        if self._has_reader():
+        # Of a process that has ended the name is removed with the others, and may then be a successor's.
+        if self._has_reader() and self._gate is not _Gate.SHUT:
             with suppress(OSError):
                 os.unlink(self.path)
         self._end.close()

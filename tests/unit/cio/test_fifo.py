@@ -876,6 +876,15 @@ def test_the_end_of_input_does_not_wait_for_a_process_that_has_ended(stdin: Stdi
     assert stdin.end.closed
 
 
+def test_the_end_of_input_of_a_process_that_has_ended_leaves_the_name_to_a_successor(stdin: Stdin) -> None:
+    stdin.stream.process_is_there()
+    stdin.stream.close()
+    stdin.stream.process_ended()
+    assert stdin.stream.finish()
+    stdin.stream.end_input()
+    assert os.path.exists(stdin.path)
+
+
 def test_the_end_of_input_does_not_wait_for_ever(stdin: Stdin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fifo, "_READER_WAIT_SECONDS", 0.05)
     stdin.stream.close()

@@ -281,7 +281,7 @@ def unread(office: Office, container: Container, process: Process) -> tuple[Atta
 def test_an_io_whose_reader_is_stuck_is_closed_with_the_client(office: Office) -> None:
     container, init = office.run("web")
     _, io = unread(office, container, init)
-    office.delivery.finish(init, drained=False)
+    office.delivery.finish(container, init, drained=False)
     container.forget(init)
     assert io.calls == []
     assert io.dio.stdout.read(3) == b"unr", "what is left may still be read"
@@ -295,13 +295,13 @@ def test_an_io_whose_reader_is_stuck_is_closed_with_the_client(office: Office) -
 def test_an_io_whose_reader_came_to_the_end_after_all_is_closed_at_the_next_occasion(office: Office) -> None:
     container, init = office.run("web")
     _, late = unread(office, container, init)
-    office.delivery.finish(init, drained=False)
+    office.delivery.finish(container, init, drained=False)
     for stream in late.dio.outputs:
         assert stream.read() == b"unread"
 
     _, other = office.run("other")
     _, stuck = unread(office, container, other)
-    office.delivery.finish(other, drained=False)
+    office.delivery.finish(container, other, drained=False)
     assert late.calls == ["cancel", "close"]
     assert stuck.calls == []
     office.delivery.shut_leftovers()

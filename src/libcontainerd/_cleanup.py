@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from libcontainerd import _keeping as keeping
 from libcontainerd._wire.connection import Deadline
 from libcontainerd._wire.pb.services import containers_pb2, leases_pb2, tasks_pb2
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
@@ -206,4 +207,16 @@ def delete_process(
         exec_request = tasks_pb2.DeleteProcessRequest(container_id=container.id, exec_id=process.exec_id)
         return calls.call(calls.tasks.DeleteProcess, exec_request, doing=doing, deadline=deadline)
     task_request = tasks_pb2.DeleteTaskRequest(container_id=container.id)
-    return calls.call(calls.tasks.Delete, task_request, doing=doing, deadline=deadline)
+    try:
+        answer = calls.call(calls.tasks.Delete, task_request, doing=doing, deadline=deadline)
+    except NotFoundError:
+        _let_go(calls, container, doing, deadline)
+        raise
+    _let_go(calls, container, doing, deadline)
+    return answer
+
+
+def _let_go(calls: Lease, container: Container, doing: str, deadline: Deadline) -> None:
+    """Delete the record that goes with a task. If that fails it is done with the container: the task is gone, and that counts."""
+    with suppress(LibcontainerdError):
+        keeping.let_go(calls, container, doing=doing, deadline=deadline)

@@ -7,9 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd import _keeping as keeping
 from libcontainerd._bundle import BUNDLE_LABEL, Bundle
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts
 from libcontainerd._runtime import (
+    KEEP_LABEL,
     check_labels,
     check_runtime,
     container_options,
@@ -59,6 +61,7 @@ class Creator:
         state_dir: str,
         runtime: str,
         runtime_options: Options | None,
+        keep_exits: bool,
         end_task: Callable[[str, Deadline, str], None],
     ) -> None:
         """Take what it works with.
@@ -70,6 +73,7 @@ class Creator:
             state_dir: Where bundles are made.
             runtime: For containers that name none.
             runtime_options: Under those that a container is given.
+            keep_exits: Whether containerd is to keep the exits of the containers that are made (`_keeping`).
             end_task: Kills and deletes a task that our records have.
         """
         self._connection = connection
@@ -78,6 +82,7 @@ class Creator:
         self._state_dir = state_dir
         self._runtime = runtime
         self._runtime_options = runtime_options
+        self._keep_exits = keep_exits
         self._end_task = end_task
 
     def create(
@@ -107,6 +112,7 @@ class Creator:
             owner=mapped_root(model),
             options=options,
             runtime=runtime or self._runtime,
+            keeps_exits=self._keep_exits,
         )
         check_labels(labels or {})
         container = self._containers.reserve(container_id)
@@ -117,7 +123,11 @@ class Creator:
             request = containers_pb2.CreateContainerRequest(
                 container=containers_pb2.Container(
                     id=container_id,
-                    labels={**(labels or {}), BUNDLE_LABEL: bundle.path},
+                    labels={
+                        **(labels or {}),
+                        BUNDLE_LABEL: bundle.path,
+                        **({KEEP_LABEL: "1"} if facts.keeps_exits else {}),
+                    },
                     runtime=containers_pb2.Container.Runtime(
                         name=facts.runtime,
                         options=container_options(facts.runtime, options),
@@ -157,6 +167,9 @@ class Creator:
         container.reserve_deletion()
         try:
             first(container, doing, deadline)
+            if container.kept:
+                with self._shelter.enter(doing) as calls:
+                    keeping.let_go(calls, container, doing=doing, deadline=deadline)
             with suppress(NotFoundError):  # somebody else has removed it: what is left to do is ours
                 self._connection.call(
                     self._connection.containers.Delete,
@@ -228,6 +241,7 @@ class Creator:
                     look = containers_pb2.GetContainerRequest(id=container_id)
                     found = calls.call(calls.containers.Get, look, doing=doing, deadline=deadline).container
                     bundle = self._bundle_of(found)
+                    unknown.kept = KEEP_LABEL in found.labels
                 init = Process(INIT_PROCESS_NAME)
                 cleanup.end_process(calls, unknown, init, doing=doing, deadline=deadline)
                 with suppress(NotFoundError):

@@ -162,6 +162,7 @@ class SpecFacts:
     owner: tuple[int, int]
     options: Options | None
     runtime: str = ""
+    keeps_exits: bool = False
 
 
 class Container:
@@ -170,6 +171,7 @@ class Container:
     Attributes:
         id: Its id.
         changed: The record's lock, and the condition that its waiters wait for: notified at every change.
+        kept: Whether containerd may have a record that keeps its exit (`_keeping`); of whoever makes or removes its task.
     """
 
     __slots__ = (
@@ -183,12 +185,14 @@ class Container:
         "execs",
         "facts",
         "id",
+        "kept",
         "ready",
         "task",
     )
 
     def __init__(self, container_id: str, earlier_runs: Iterable[tuple[str, int]] = ()) -> None:
         self.id = container_id
+        self.kept = False
         # Guards every member below and every Process in them. Second in the order, after the map's lock; a waiter may
         # hold it only while it waits on the condition.
         self.changed = threading.Condition(threading.Lock())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd import _keeping as keeping
 from libcontainerd import cio
 from libcontainerd._bundle import BUNDLE_LABEL, Bundle, names_in, remove_orphans
 from libcontainerd._events import catchup
@@ -69,6 +70,7 @@ class Restorer:
         stdin: StdinCloser,
         *,
         state_dir: str,
+        keep_exits: bool,
         look_again: Callable[[], None],
         cut: threading.Event,
     ) -> None:
@@ -81,6 +83,7 @@ class Restorer:
             delivery: For exits that nobody was told of.
             stdin: Ends a process's input.
             state_dir: Where bundles are.
+            keep_exits: Whether to look for records that were left (`_keeping`).
             look_again: Compares all records with containerd, in the background.
             cut: Set once `close` has cut IO off.
         """
@@ -91,6 +94,7 @@ class Restorer:
         self.stdin = stdin
         self.state_dir = state_dir
         self.cut = cut
+        self._keep_exits = keep_exits
         self._look_again = look_again
         self.log = _log.bind(namespace=connection.namespace)
 
@@ -158,6 +162,8 @@ class Restorer:
         remove_orphans(
             self.state_dir, bundles, lambda name: name in seen or self.containers.find(name) is not None
         )
+        if self._keep_exits:
+            keeping.sweep(self.shelter, deadline)
         if any(isinstance(each, Restored) for each in results.values()):
             self._look_again()
         return results
@@ -399,6 +405,7 @@ class _Restoration:
         for process, answer in self._found:
             self._adopt(process, answer)
         self._forget_the_rest()
+        container.kept = self._facts.keeps_exits  # also without a task: nobody may have let it go
         container.publish(self._bundle, self._facts)
         self._restorer.containers.publish(container)
         self._over = True

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _NO_PIVOT_ROOT: Final = "DOCKER_RAMDISK"
 """The environment variable that says the root file system is a ramdisk, which pivot_root cannot leave."""
 
+KEEP_LABEL: Final = "libcontainerd/keep.exits"
+"""On a container whose exit containerd is to keep (`_keeping`), and on the record that sees to it."""
 
 _NO_ID: Final = (1 << 32) - 1
 _SHOWN: Final = 40
@@ -164,7 +166,7 @@ def _v1_task_options(options: Options, owner: tuple[int, int], no_pivot_root: bo
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Refuse labels that containerd would refuse (its ``labels.Validate``), and the one that is this library's own.
+    """Refuse labels that containerd would refuse (its ``labels.Validate``), and those that are this library's own.
 
     Raises:
         InvalidParameterError: one of them cannot be used.
@@ -178,7 +180,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
             ) from error
         if not key:
             raise InvalidParameterError("a label's key must not be empty")
-        if key == BUNDLE_LABEL:
+        if key in (BUNDLE_LABEL, KEEP_LABEL):
             raise InvalidParameterError(f"label {key!r} is this library's own")
         if size > LABEL_BYTES:
             raise InvalidParameterError(
@@ -214,6 +216,7 @@ def read_facts(container: containers_pb2.Container) -> SpecFacts:
         owner=owner,
         options=options,
         runtime=container.runtime.name,
+        keeps_exits=KEEP_LABEL in container.labels,
     )
 
 

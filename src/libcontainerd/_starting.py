@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd import _keeping as keeping
 from libcontainerd._checkpoint import surveyed, with_criu_log
 from libcontainerd._records import Step
 from libcontainerd._runtime import task_options
@@ -98,6 +99,8 @@ class Starter:
                 deadline=deadline,
             )
             container.advance(task, Step.CREATE, created.pid)
+            if facts.keeps_exits:
+                keeping.keep(calls, container, doing=doing, deadline=deadline)
             # The end of a terminal's input is a hang-up, which no process would live to be started; and the shim opens the
             # FIFOs of a restored one in Start.
             if not terminal and checkpoint is None:

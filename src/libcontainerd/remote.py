@@ -43,6 +43,7 @@ class Remote:
         credentials: grpc.ChannelCredentials | None = None,
         supervisor: Supervisor | None = None,
         runtime_options: Mapping[str, object] | None = None,
+        keep_exits: bool = False,
     ) -> None:
         """Use `connect` or `start` instead."""
         self.address = address
@@ -52,6 +53,7 @@ class Remote:
         self._credentials = credentials
         self._supervisor = supervisor
         self._runtime_options = runtime_options
+        self._keep_exits = keep_exits
         self._lock = threading.Lock()  # guards the two below; nothing is called while it is held
         self._clients: list[Client] = []
         self._cleaned_up = False
@@ -65,6 +67,7 @@ class Remote:
         runtime: str = "io.containerd.runc.v2",
         default_timeout: float = 60.0,
         credentials: grpc.ChannelCredentials | None = None,
+        keep_exits: bool = False,
     ) -> Remote:
         """Use a containerd that somebody else runs. `cleanup` will leave it alone.
 
@@ -76,6 +79,7 @@ class Remote:
             runtime: As for `Client`.
             default_timeout: As for `Client`.
             credentials: As for `Client`.
+            keep_exits: As for `Client`.
 
         Raises:
             InvalidParameterError: `state_dir` is not absolute.
@@ -86,6 +90,7 @@ class Remote:
             runtime=runtime,
             default_timeout=default_timeout,
             credentials=credentials,
+            keep_exits=keep_exits,
         )
 
     @classmethod
@@ -111,6 +116,7 @@ class Remote:
         restart_attempts: int = 10,
         runtime: str = "io.containerd.runc.v2",
         default_timeout: float = 60.0,
+        keep_exits: bool = False,
     ) -> Remote:
         """Start a private containerd and return once it serves.
 
@@ -139,6 +145,7 @@ class Remote:
                 between them double, up to 30 s. `failure` then says why.
             runtime: As for `Client`.
             default_timeout: As for `Client`.
+            keep_exits: As for `Client`.
 
         Raises:
             InvalidParameterError: a value cannot be used, or there is no such binary. Nothing was touched.
@@ -180,6 +187,7 @@ class Remote:
             supervisor=supervisor,
             # All containerds of a machine would otherwise share runc's own, and containers of one name would be one there.
             runtime_options={"root": os.path.join(bundles_dir, _RUNC_ROOT)},
+            keep_exits=keep_exits,
         )
 
     def __enter__(self) -> Self:
@@ -219,6 +227,7 @@ class Remote:
             default_timeout=self._default_timeout,
             credentials=self._credentials,
             runtime_options=self._runtime_options,
+            keep_exits=self._keep_exits,
         )
         with self._lock:
             late = self._cleaned_up

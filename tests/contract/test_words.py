@@ -17,10 +17,12 @@ from libcontainerd._wire.pb.services import (
     introspection_pb2,
     leases_pb2,
     namespaces_pb2,
+    sandbox_pb2,
     snapshots_pb2,
     tasks_pb2,
 )
 from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
+from libcontainerd._wire.pb.types.sandbox_pb2 import Sandbox
 from libcontainerd._wire.pb.wellknown_pb2 import Any, FieldMask
 from tests.contract import programs
 from tests.contract.conftest import fake_like
@@ -486,6 +488,52 @@ def spaces(services: Services) -> Said:
     yield services.refused(n.Delete, namespaces_pb2.DeleteNamespaceRequest(name=f"{own}-none"))
 
 
+def sandboxes(services: Services) -> Said:
+    """Since 1.7; of a record without a runtime the whole containerd would panic."""
+    store = sandbox_pb2.StoreStub(services.channel)
+
+    def sandbox(name: str, **labels: str) -> Sandbox:
+        return Sandbox(sandbox_id=name, runtime=Sandbox.Runtime(name="r"), labels=labels)
+
+    def create(name: str, **labels: str) -> sandbox_pb2.StoreCreateRequest:
+        return sandbox_pb2.StoreCreateRequest(sandbox=sandbox(name, **labels))
+
+    def update(name: str, *fields: str, **labels: str) -> sandbox_pb2.StoreUpdateRequest:
+        return sandbox_pb2.StoreUpdateRequest(sandbox=sandbox(name, **labels), fields=fields)
+
+    def look() -> Refused:
+        """What there is, in the form of a refusal."""
+        try:
+            found = services.call(
+                store.List, sandbox_pb2.StoreListRequest(filters=['labels."a"', "id==y"])
+            ).list
+        except grpc.RpcError as error:
+            return Refused(error.code(), error.details() or "")
+        told = [(each.sandbox_id, each.runtime.name, sorted(each.labels.items())) for each in found]
+        return Refused(grpc.StatusCode.OK, repr(told))
+
+    yield asked(services, store.Delete, sandbox_pb2.StoreDeleteRequest(sandbox_id="x"))
+    yield asked(services, store.Get, sandbox_pb2.StoreGetRequest(sandbox_id="x"))
+    yield look()
+    yield asked(services, store.Create, create("x", a="1"))
+    yield asked(services, store.Create, create("y"))
+    yield asked(services, store.Create, create("z"))
+    for name in ("x", "", "a b", _LONG_ID):
+        yield asked(services, store.Create, create(name))
+    yield look()
+    yield asked(services, store.Update, update("x", "labels.b", b="2"))
+    yield look()
+    yield asked(services, store.Update, update("y", a="3"))
+    yield look()
+    yield asked(services, store.Update, update("none", a="3"))
+    yield asked(services, store.Get, sandbox_pb2.StoreGetRequest(sandbox_id="none"))
+    yield asked(services, store.List, sandbox_pb2.StoreListRequest(filters=["id=c"]))
+    yield services.refused(store.List, sandbox_pb2.StoreListRequest(), namespace="")
+    for name in ("x", "y", "z", "z"):
+        yield asked(services, store.Delete, sandbox_pb2.StoreDeleteRequest(sandbox_id=name))
+    yield look()
+
+
 SITUATIONS: tuple[Callable[[Services], Said], ...] = (
     filters,
     names,
@@ -507,6 +555,7 @@ SITUATIONS: tuple[Callable[[Services], Said], ...] = (
     snapshots,
     labels,
     spaces,
+    sandboxes,
 )
 
 

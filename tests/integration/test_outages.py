@@ -57,6 +57,7 @@ class Site:
     backend: RecordingBackend
     raw: Raw
     channel: grpc.Channel
+    keeps_exits: bool = False
     held: dict[tuple[str, str], Collected] = field(default_factory=dict)
     pids: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -121,21 +122,30 @@ class Site:
 
 
 @contextmanager
-def open_site(address: str, channel: grpc.Channel, namespace: str, state_dir: Path) -> Iterator[Site]:
+def open_site(
+    address: str, channel: grpc.Channel, namespace: str, state_dir: Path, *, keep_exits: bool = False
+) -> Iterator[Site]:
     """A client at an address; what it leaves in containerd is removed past it."""
     backend = RecordingBackend()
     raw = Raw(channel, namespace)
-    with Client(address, namespace=namespace, state_dir=state_dir, backend=backend) as client:
-        yield Site(client, backend, raw, channel)
+    with Client(
+        address, namespace=namespace, state_dir=state_dir, backend=backend, keep_exits=keep_exits
+    ) as client:
+        yield Site(client, backend, raw, channel, keep_exits)
         raw.remove_everything()
 
 
 @pytest.fixture
-def site(containerd: MortalContainerd, namespace: str, tmp_path: Path) -> Iterator[Site]:
-    """At a containerd that may be killed."""
+def site(
+    request: pytest.FixtureRequest, containerd: MortalContainerd, namespace: str, tmp_path: Path
+) -> Iterator[Site]:
+    """At a containerd that may be killed; with ``True`` as its parameter, exits are kept."""
+    keep_exits = getattr(request, "param", False)
     with (
         containerd.channel() as channel,
-        open_site(containerd.address, channel, namespace, tmp_path / "bundles") as made,
+        open_site(
+            containerd.address, channel, namespace, tmp_path / "bundles", keep_exits=keep_exits
+        ) as made,
     ):
         yield made
 
@@ -153,13 +163,14 @@ def thaw(site: Site, container_id: str) -> None:
 # ------------------------------------------------------------------------------------------------------ containerd dies
 
 
+@pytest.mark.parametrize("site", [False, True], indirect=True, ids=["not kept", "kept"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_ends_while_containerd_is_down_is_told_once_with_its_code_and_time(
     containerd: MortalContainerd, site: Site, spec: MakeSpec, number: signal.Signals
 ) -> None:
     client = site.client
-    # From 1.7 on, a containerd that starts forgets the tasks whose init has ended.
-    remembers = client.version().version.startswith("1.6.")
+    # From 1.7 on, a containerd that starts forgets the tasks whose init has ended, if nothing is done about it.
+    remembers = site.keeps_exits or client.version().version.startswith("1.6.")
     site.run("all", spec, 7, ends=20, goes_on=21)
     site.run("some", spec, 8, ends=22)
     with ThreadPoolExecutor(2) as executor:

@@ -16,7 +16,7 @@ LAYERS = (
     ("remote",),
     ("client",),
     ("_checkpoint", "_creating", "_events", "_restore", "_starting", "_stdin", "stats", "supervisor"),
-    ("_cleanup",),
+    ("_cleanup", "_keeping"),
     ("cio", "_archive", "_bundle", "_records", "_runtime", "backends"),
     ("_wire",),
     ("types", "errors", "oci"),

@@ -10,7 +10,7 @@ the call's end.
 from __future__ import annotations
 
 import threading
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import grpc
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from libcontainerd._wire.connection import Address, Metadata
+    from libcontainerd._wire.pb.services.sandbox_pb2 import StoreStub
 
 CLEAN_UP_SECONDS: Final = 45.0
 """The deadline of what undoes a failed call; never the caller's, which may be what has just passed."""
@@ -54,6 +55,13 @@ class _Channel:
         self.containers = ContainersStub(cast("grpc.Channel", self))
         self.leases = LeasesStub(cast("grpc.Channel", self))
         self.tasks = TasksStub(cast("grpc.Channel", self))
+
+    @cached_property
+    def sandboxes(self) -> StoreStub:
+        """Made when it is asked for, which few do."""
+        from libcontainerd._wire.pb.services.sandbox_pb2 import StoreStub  # noqa: PLC0415
+
+        return StoreStub(cast("grpc.Channel", self))
 
     def unary_unary(self, *args: object, **kwargs: object) -> object:
         """What the stubs make their methods of: here a stream of one answer, which can be cancelled while it is waited for."""
@@ -170,12 +178,18 @@ class Lease:
 
     def __init__(self, shelter: Shelter, channel: _Channel) -> None:
         self._shelter = shelter
+        self._channel = channel
         self.containers = channel.containers
         self.leases = channel.leases
         self.tasks = channel.tasks
         self.namespace = shelter.metadata[0][1]
         self._under_way: UnderWay[object] | None = None
         self._cleaning_up = False
+
+    @property
+    def sandboxes(self) -> StoreStub:
+        """The store of sandboxes' records; 1.6 has none."""
+        return self._channel.sandboxes
 
     def __enter__(self) -> Self:
         return self

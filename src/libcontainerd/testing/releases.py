@@ -19,6 +19,7 @@ class Release:
         spaces_tell_themselves: A change of a namespace is told in that namespace, not in the caller's.
         tells_new_content: Content that is committed is told.
         drain_seconds: How long its shim waits for output that a process's child still holds.
+        keeps_sandboxes: It has a store of sandboxes, and what has a record there is kept as `keeps_ended` says.
         saves_specs_again: A checkpoint succeeds where the container's spec, which goes with it, is content already.
         shims: The runtimes that it finds without their paths.
     """
@@ -31,6 +32,7 @@ class Release:
     spaces_tell_themselves: bool = True
     tells_new_content: bool = False
     drain_seconds: float = 2.0
+    keeps_sandboxes: bool = True
     saves_specs_again: bool = False
     shims: tuple[str, ...] = (
         "io.containerd.runc.v2",
@@ -44,6 +46,7 @@ RELEASES: Final = {
         "1.6.20",
         (1, 6),
         keeps_ended=True,
+        keeps_sandboxes=False,
         tells_process=False,
         wants_spec=True,
         spaces_tell_themselves=False,

@@ -28,6 +28,7 @@ from libcontainerd.testing.leases import Leases
 from libcontainerd.testing.namespaces import Namespaces
 from libcontainerd.testing.refusals import Refusal, closing
 from libcontainerd.testing.releases import RELEASES
+from libcontainerd.testing.sandboxes import Sandboxes
 from libcontainerd.testing.scripted import Program, ScriptedProcess, ScriptedRuntime
 from libcontainerd.testing.snapshots import Snapshots
 from libcontainerd.testing.store import Store
@@ -195,6 +196,7 @@ class FakeContainerd:
             self._content,
             snapshots,
             tasks,
+            *([Sandboxes(self._store)] if self._release.keeps_sandboxes else []),
         )
         served = frozenset([_HEALTH, *(each.service.name for each in services)])
         executor = ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="fake-containerd")
@@ -247,7 +249,8 @@ class FakeContainerd:
         Args:
             state: Whether it still knows what it knew. Without, every process is ended and all is forgotten.
             keep_ended: Whether a task whose init has ended meanwhile is still known, and its exit told late. By default as
-                the version does: 1.6 keeps it; 1.7 and later forget such a task, and its exit code.
+                the version does: 1.6 keeps it; 1.7 and later forget such a task, and its exit code, unless there is a sandbox of
+                its name (`Client`'s ``keep_exits``).
             keep_events: Whether shims still tell what has happened meanwhile. They try for about 15 seconds, and then drop it.
         """
         with self._lock:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.services.containers_pb2 import Container
     from libcontainerd._wire.pb.services.images_pb2 import Image
     from libcontainerd._wire.pb.services.leases_pb2 import Lease
+    from libcontainerd._wire.pb.types.sandbox_pb2 import Sandbox
     from libcontainerd.testing.objects import Blob, Ingest, Snapshot
     from libcontainerd.testing.releases import Release
 
@@ -31,6 +32,7 @@ class Space:
     blobs: dict[str, Blob] = field(default_factory=dict)
     ingests: dict[str, Ingest] = field(default_factory=dict)
     snapshots: dict[tuple[str, str], Snapshot] = field(default_factory=dict)
+    sandboxes: dict[str, Sandbox] | None = None  # a table that is made for the first, and stays
 
     def contents(self) -> list[str]:
         """What it is not empty of, in containerd's words."""

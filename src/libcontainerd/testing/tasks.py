@@ -106,10 +106,17 @@ class Tasks(tasks_pb2.TasksServicer):
             self._tasks = {key: each for key, each in self._tasks.items() if each is not task}
 
     def forget_stopped(self) -> list[tuple[str, str]]:
-        """Lose the tasks whose init has ended, as containerd 1.7 and later do when they start, and say whose they were."""
+        """Lose the tasks whose init has ended, as containerd 1.7 and later do when they start, and say whose they were.
+
+        One of whose name there is a sandbox is spared.
+        """
+        with self._store.lock:
+            spared = {(name, each) for name, space in self._store.spaces() for each in space.sandboxes or ()}
         with self._lock:
             stopped = [
-                task for task in self._tasks.values() if task is not None and task.init.state is State.STOPPED
+                task
+                for key, task in self._tasks.items()
+                if task is not None and task.init.state is State.STOPPED and key not in spared
             ]
         for task in stopped:
             self.forget(task)

@@ -231,6 +231,7 @@ def test_a_frozen_container_is_still_frozen_after_a_restart(
     assert exit_of(site.backend, "c") == 137
 
 
+@pytest.mark.parametrize("site", [False, True], indirect=True, ids=["not kept", "kept"])
 def test_a_shim_that_dies_with_containerd_leaves_unknown_exits(
     containerd: MortalContainerd, site: Site, spec: MakeSpec
 ) -> None:

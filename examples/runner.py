@@ -8,8 +8,11 @@ A job is a container, a step is an exec in it. Commands, on stdin:
 
 Answers, on stdout: `started` and `failed` to a command, `output`, `exit`, and `removed` when nothing of a job is left. After its
 start the runner takes back what an earlier one has left behind, even one that was killed: it says `restored` of each job,
-then `ready`. Job, step and pid name a run. Each runner tells of an exit once; one that was killed right after it has told
-of a job's exit will have a successor that tells of it again.
+then `ready`. Job, step and pid name a run.
+
+Every run that was told to have begun has exactly one exit, over all lives of the runner: `started`, `restored`, `exit` and
+`removed` are in a journal, STATE_DIR.journal, before they are on stdout. Who reads stdout of a runner that was killed finds
+in the journal what did not get there. The code is 255 where containerd does not know it any more.
 
 At the end of stdin it waits for its jobs. SIGTERM ends it at once, and the jobs go on. The log is on stderr. As root:
 
@@ -27,13 +30,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
 import structlog
 
+from journal import Journal, Run
 from libcontainerd import (
     Client,
     ConflictError,
@@ -61,13 +65,29 @@ Result = TypeVar("Result")
 
 
 @dataclass
+class Process:
+    """A job's own process, or a step, from its command or a restore on."""
+
+    starting: threading.Lock = field(default_factory=threading.Lock)  # held until it has begun, or failed
+    pid: int = 0
+    over: bool = False
+
+
+@dataclass
 class Job:
     """A container of ours, from `run` or a restore until it is removed."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is being started
-    pid: int = 0
-    steps: set[str] = field(default_factory=set)  # those whose exits are still to be told
-    ended: bool = False
+    init: Process = field(default_factory=Process)
+    steps: dict[str, Process] = field(default_factory=dict)
+
+    def process(self, step: str | None) -> Process | None:
+        """A step, or the job's own."""
+        return self.init if step is None else self.steps.get(step)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it runs."""
+        return self.init.over and all(step.over for step in self.steps.values())
 
 
 class Runner:
@@ -81,6 +101,7 @@ class Runner:
         self.restored = threading.Event()
         self.output = threading.Lock()  # one line at a time
         self.pool = ThreadPoolExecutor(WORKERS, "command")
+        self.journal = Journal(f"{state_dir}.journal")
         self.client = self.patiently(
             partial(Client, address, namespace=namespace, state_dir=state_dir, backend=self)
         )
@@ -95,11 +116,17 @@ class Runner:
         self.restored.set()
         self.client.close()  # ends the calls that commands wait for
         self.pool.shutdown(cancel_futures=True)
+        self.journal.close()
 
     def say(self, event: str, **fields: object) -> None:
         """Write a line."""
         with self.output:
             print(json.dumps({"event": event, **fields}), flush=True)
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Write a line that counts: no exit twice, whoever has told it."""
+        if self.journal.tell({"event": event, **fields}):
+            self.say(event, **fields)
 
     def patiently(
         self, call: Callable[[], Result], passing: tuple[type[LibcontainerdError], ...] = AWAY
@@ -125,9 +152,9 @@ class Runner:
         try:
             match command := json.loads(line):
                 case {"do": "run", "job": str(job), "args": [*args]}:
-                    self.say("started", job=job, step=None, pid=self.run(job, args))
+                    self.run(job, args)
                 case {"do": "exec", "job": str(job), "step": str(step), "args": [*args]}:
-                    self.say("started", job=job, step=step, pid=self.exec(job, step, args))
+                    self.exec(job, step, args)
                 case {"do": "kill", "job": str(job), "signal": int(number), **rest}:
                     process = str(rest.get("step") or "init")
                     self.patiently(partial(self.client.signal_process, job, process, number))
@@ -136,7 +163,7 @@ class Runner:
         except (ValueError, LibcontainerdError) as error:
             self.say("failed", command=command, error=str(error))
 
-    def run(self, job_id: str, args: list[str]) -> int:
+    def run(self, job_id: str, args: list[str]) -> None:
         """Make and start a container. A start of which nobody knows how it ended is begun anew."""
         spec = self.spec(args)
         job = Job()
@@ -147,18 +174,19 @@ class Runner:
 
         def start() -> int:
             self.client.replace(job_id, spec)
+            self.tell_lost(job_id, self.journal.unended(job_id))  # of one that could not be restored
             return self.client.start(job_id, attach_stdio=self.attach)
 
-        with job.lock:
-            try:
+        try:
+            with job.init.starting:
                 # A start that was cut off with an earlier runner can bring its task to light between the two.
-                job.pid = self.patiently(start, (*AWAY, ConflictError))
-            except BaseException:
-                with suppress(LibcontainerdError):  # no such program, say: the container is still ours
-                    self.patiently(partial(self.client.delete, job_id))
-                self.forget(job_id)
-                raise
-        return job.pid
+                job.init.pid = self.patiently(start, (*AWAY, ConflictError))
+                self.tell("started", job=job_id, step=None, pid=job.init.pid)
+        except BaseException:
+            with suppress(LibcontainerdError):  # no such program, say: the container is still ours
+                self.patiently(partial(self.client.delete, job_id))
+            self.forget(job_id)
+            raise
 
     def spec(self, args: list[str]) -> oci.Spec:
         """What a job's container is to be."""
@@ -166,18 +194,23 @@ class Runner:
             oci.default_spec(), oci.with_rootfs(self.rootfs, readonly=True), oci.with_args(*args)
         )
 
-    def exec(self, job_id: str, step: str, args: list[str]) -> int:
+    def exec(self, job_id: str, step: str, args: list[str]) -> None:
         """Start a further process. It is not tried twice: a step that may have run is not run again."""
-        process = oci.exec_process(oci.default_spec(), *args)
+        spec = oci.exec_process(oci.default_spec(), *args)
+        process = Process()
         with self.changed:
             job = self.jobs.get(job_id)
-            if job is None or job.ended or step in job.steps:
+            if job is None or job.init.over or (step in job.steps and not job.steps[step].over):
                 raise ConflictError(f"there is no job {job_id!r} that runs and has no step {step!r}")
-            job.steps.add(step)
+            job.steps[step] = process
         try:
-            return self.client.exec(job_id, step, process, attach_stdio=partial(self.attach_step, step))
+            with process.starting:
+                process.pid = self.client.exec(
+                    job_id, step, spec, attach_stdio=partial(self.attach_step, step)
+                )
+                self.tell("started", job=job_id, step=step, pid=process.pid)
         except BaseException:
-            self.ended(job_id, job, step)
+            self.ended(job_id, job, process)
             raise
 
     def attach(self, dio: cio.DirectIO) -> cio.IO:
@@ -200,29 +233,34 @@ class Runner:
             return
         self.restored.wait()
         step = None if info.process_id == job_id else info.process_id
-        self.say_exit(job_id, step, info.pid, info.exit_code, info.exited_at)
         with self.changed:
             job = self.jobs.get(job_id)
-        if job is None:
-            return
-        with job.lock:  # `run` may not know its pid yet
-            if step is None and job.pid != info.pid:
-                return  # the end of a start that `run` has begun anew
-        self.ended(job_id, job, step)
+            process = job.process(step) if job else None
+        if process is not None:
+            with process.starting:  # so that it is told to have begun before
+                if process.pid != info.pid:
+                    return  # of a start that failed, or was begun anew
+        # Else a step that an earlier runner has started, and was killed before it could tell of it.
+        self.tell_exit(job_id, (step, info.pid), info.exit_code, info.exited_at)
+        if job is not None and process is not None:
+            self.ended(job_id, job, process)
 
-    def say_exit(self, job_id: str, step: str | None, pid: int, code: int, at: datetime | None) -> None:
+    def tell_exit(self, job_id: str, run: Run, code: int, at: datetime | None) -> None:
         """Tell of an exit."""
-        self.say("exit", job=job_id, step=step, pid=pid, code=code, at=at and at.isoformat())
+        step, pid = run
+        self.tell("exit", job=job_id, step=step, pid=pid, code=code, at=at and at.isoformat())
 
-    def ended(self, job_id: str, job: Job, step: str | None) -> None:
+    def tell_lost(self, job_id: str, runs: set[Run]) -> None:
+        """Tell of the exits of runs that containerd does not know any more."""
+        for run in runs:
+            self.tell_exit(job_id, run, 255, datetime.now(UTC))
+
+    def ended(self, job_id: str, job: Job, process: Process) -> None:
         """Take note of an end, and remove a job that has ended with all its steps."""
         with self.changed:
-            if step is None:
-                job.ended = True
-            else:
-                job.steps.discard(step)
-            over = job.ended and not job.steps
-        if over:
+            before, process.over = process.over, True
+            last = job.over and not before
+        if last:
             self.remove(job_id)
 
     def remove(self, job_id: str) -> None:
@@ -230,8 +268,9 @@ class Runner:
         self.patiently(partial(self.delete_task, job_id))
         with suppress(NotFoundError):
             self.patiently(partial(self.delete, job_id))
-        self.forget(job_id)
-        self.say("removed", job=job_id)
+        with self.changed:  # who is told may use the name again at once
+            self.tell("removed", job=job_id)
+            self.forget(job_id)
 
     def delete_task(self, job_id: str) -> None:
         """Delete a task, if it is there. The client's verb returns its errors, as Go's does."""
@@ -269,22 +308,41 @@ class Runner:
                 break
         for job_id, error in broken.items():
             self.say("failed", command={"do": "restore", "job": job_id}, error=str(error))
+        for job_id in self.journal.jobs():
+            if job_id not in found and job_id not in broken:
+                self.tell_lost(job_id, self.journal.unended(job_id))
+                self.tell("removed", job=job_id)
+        gone = {}
         for job_id, each in found.items():
-            self.jobs[job_id] = Job(pid=each.pid, steps=set(each.execs))
-            self.say("restored", job=job_id, pid=each.pid, alive=each.alive, steps=each.execs)
+            self.tell("restored", job=job_id, pid=each.pid, alive=each.alive, steps=each.execs)
+            alive: set[Run] = {*each.execs.items(), (None, each.pid if each.alive else 0)}
+            gone[job_id] = self.journal.unended(job_id) - alive
+            steps = {step: pid for step, pid in gone[job_id] if step is not None} | each.execs
+            self.jobs[job_id] = Job(
+                Process(pid=each.pid), {step: Process(pid=pid) for step, pid in steps.items()}
+            )
         self.restored.set()
         self.say("ready")
         for job_id, each in found.items():
-            self.pool.submit(self.settle, job_id, each)
+            self.pool.submit(self.settle, job_id, each, gone[job_id])
 
-    def settle(self, job_id: str, restored: Restored) -> None:
-        """Finish what the earlier runner was doing with a job when it was killed."""
+    def settle(self, job_id: str, restored: Restored, gone: set[Run]) -> None:
+        """Finish what the earlier runner was doing with a job when it was killed.
+
+        Args:
+            job_id: The job.
+            restored: What there is of it.
+            gone: Its runs that have ended since, and whose exits are still to be told.
+        """
+        job = self.jobs[job_id]
         try:
+            for run in gone:
+                self.tell_outcome(job_id, run, restored)
+            for step, pid in gone:
+                if step is not None and job.steps[step].pid == pid:
+                    self.ended(job_id, job, job.steps[step])
             if not restored.alive:  # nobody will be told by an event
-                if restored.pid:  # told before it is removed: who is killed between the two has a successor
-                    status = self.client.wait(job_id)
-                    self.say_exit(job_id, None, restored.pid, status.code, status.exited_at)
-                self.remove(job_id)
+                self.ended(job_id, job, job.init)
             elif (
                 self.patiently(partial(self.client.status, job_id)) is Status.CREATED
             ):  # and would be for ever
@@ -293,6 +351,16 @@ class Runner:
             pass  # it has ended meanwhile, which an event tells
         except LibcontainerdError as error:
             self.say("failed", command={"do": "restore", "job": job_id}, error=str(error))
+
+    def tell_outcome(self, job_id: str, run: Run, restored: Restored) -> None:
+        """Tell how a run ended while there was no runner. An event may tell it, too: of a step that containerd still knows."""
+        step, pid = run
+        with suppress(NotFoundError):
+            if pid == (restored.pid if step is None else restored.execs.get(step, pid)):
+                status = self.client.wait(job_id, step or "init")
+                self.tell_exit(job_id, run, status.code, status.exited_at)
+                return
+        self.tell_lost(job_id, {run})
 
     def finish(self) -> None:
         """Wait until all commands are carried out and all jobs are removed."""

@@ -1,4 +1,4 @@
-"""The runner of examples/, as a process that can be killed: its lines go to the ledger, its log to a file."""
+"""The runner of examples/, as a process that can be killed: its lines and its journal go to the ledger, its log to a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _GRACE = 60.0
 class Daemon:
     """One life of the runner after the other; for use by one thread."""
 
-    def __init__(self, ledger: Ledger, log: Path, *arguments: str | Path) -> None:
+    def __init__(self, ledger: Ledger, log: Path, journal: Path, *arguments: str | Path) -> None:
         self._ledger = ledger
         self._log = log
+        self._journal = journal
         # On SIGABRT it writes the stacks of all its threads to its log.
         self._command = [sys.executable, "-X", "faulthandler", "-W", "error", RUNNER, *arguments]
         self._begin()
@@ -58,6 +59,7 @@ class Daemon:
 
     def kill(self) -> None:
         """Kill it, hear it out, and begin its next life."""
+        self._ledger.runner_dies()
         self._process.kill()
         self._end()
         self._ledger.runner_killed()
@@ -86,6 +88,8 @@ class Daemon:
             self._process.send_signal(signal.SIGABRT)
             code = self._process.wait(_GRACE)
         self._reader.join(_GRACE)
+        with suppress(FileNotFoundError):  # it had not come so far
+            self._ledger.journal(self._ledger.life, self._journal.read_bytes())
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()

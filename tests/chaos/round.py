@@ -38,18 +38,31 @@ class Round:
     """The work, drawn from a seed. The same seed draws the same work; when it meets what, the machine decides."""
 
     def __init__(
-        self, seed: int, remote: Remote, proxy: Proxy, raw: Raw, *, directory: Path, rootfs: Path
+        self,
+        seed: int,
+        remote: Remote,
+        proxy: Proxy,
+        raw: Raw,
+        *,
+        directory: Path,
+        rootfs: Path,
+        release: tuple[int, int],
     ) -> None:
         self._random = random.Random(seed)
         self._remote = remote
         self._proxy = proxy
         self._raw = raw
-        self.ledger = Ledger()
+        self.ledger = Ledger(release)
         self.forgotten: list[str] = []
         self.log = directory / "runner.log"
         self._state_dir = directory / "bundles"
         self._numbers = iter(range(1, 1_000_000))
-        self.daemon = Daemon(self.ledger, self.log, proxy.path, self._state_dir, raw.metadata[0][1], rootfs)
+        self.daemon = Daemon(
+            self.ledger,
+            self.log,
+            Path(f"{self._state_dir}.journal"),
+            *(proxy.path, self._state_dir, raw.metadata[0][1], rootfs),
+        )
 
     def run(self) -> list[str]:
         """Run it, and return what is wrong."""
@@ -196,7 +209,7 @@ class Round:
 
         def grown() -> list[str]:
             now = self.daemon.descriptors()
-            found = [f"the runner holds {name}" for name in now if name.startswith(str(self._state_dir))]
+            found = [f"the runner holds {name}" for name in now if name.startswith(f"{self._state_dir}/")]
             if (count := sum(now.values())) > descriptors + _MORE_DESCRIPTORS:
                 found.append(f"the runner has {count} descriptors, at first {descriptors}: {now}")
             if (count := self.daemon.threads()) > threads + _MORE_THREADS:

@@ -1,6 +1,7 @@
 """Chaos on a real containerd: rounds of random work while containerd, shims, the runner and the connection are killed.
 
-A round is drawn from a seed; they are printed. `make chaos ROUNDS=100 SEED=n` runs rounds n, n+1 and so on.
+A round is drawn from a seed; they are printed. `make chaos ROUNDS=100 SEED=n` runs rounds n, n+1 and so on. As for all tests,
+LIBCONTAINERD_TEST_CONTAINERD names the directory of another containerd than the installed one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def containerd_log() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def make(containerd_binary: Path, rootfs: Path, directory: Path) -> Iterator[Callable[[int], Round]]:
+def make(
+    containerd_binary: Path, release: tuple[int, int], rootfs: Path, directory: Path
+) -> Iterator[Callable[[int], Round]]:
     """Makes a round on a containerd of its own, behind a connection that can be cut. Nothing of ours may be left of it."""
     namespace = f"chaos-{uuid.uuid4().hex[:8]}"
     try:
@@ -80,7 +83,9 @@ def make(containerd_binary: Path, rootfs: Path, directory: Path) -> Iterator[Cal
             made: list[Round] = []
 
             def start(seed: int) -> Round:
-                made.append(Round(seed, remote, proxy, raw, directory=directory, rootfs=rootfs))
+                made.append(
+                    Round(seed, remote, proxy, raw, directory=directory, rootfs=rootfs, release=release)
+                )
                 return made[-1]
 
             yield start

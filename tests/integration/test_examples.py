@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 from libcontainerd import Client, Remote, oci
+from libcontainerd._wire.pb.types.task_pb2 import Status
 from libcontainerd.testing import FakeContainerd
 from tests.integration.containers import Raw, alive, wait_until
 
@@ -349,3 +350,160 @@ def test_a_runner_takes_back_the_jobs_of_an_earlier_one(
     assert second.await_line(event="exit", job="lives", step=None)["code"] == 137
     assert second.end(None) == (0, "")
     assert list((tmp_path / "state").iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------- the runner's journal
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeContainerd]:
+    with FakeContainerd("host") as made:
+        yield made
+
+
+@pytest.fixture
+def on_fake(fake: FakeContainerd, tmp_path: Path) -> Iterator[Callable[[], RunnerProcess]]:
+    """Starts runners on a fake, one after the other."""
+    made: list[RunnerProcess] = []
+
+    def start() -> RunnerProcess:
+        made.append(RunnerProcess(fake.address, tmp_path / "state", "runner", "/"))
+        return made[-1]
+
+    yield start
+    for each in made:
+        if each._process.poll() is None:
+            each.end(signal.SIGKILL)
+
+
+def exits(*lives: RunnerProcess) -> list[tuple[object, object, object]]:
+    """Step, pid and code of all exits that were said, in order."""
+    return [
+        (line["step"], line["pid"], line["code"])
+        for life in lives
+        for line in life.lines
+        if line["event"] == "exit"
+    ]
+
+
+def journal_of(tmp_path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (tmp_path / "state.journal").read_text().splitlines()]
+
+
+def test_a_runner_does_not_tell_again_what_an_earlier_one_has_told(
+    fake: FakeContainerd, on_fake: Callable[[], RunnerProcess], tmp_path: Path
+) -> None:
+    first = on_fake()
+    first.send(do="run", job="a", args=["sleep", "1000"])
+    first.await_line(event="started", job="a")
+    fake.fail("Tasks/Delete", times=None)  # so that it is not removed
+    first.send(do="kill", job="a", signal=9)
+    first.await_line(event="exit", job="a")
+    first.end(signal.SIGKILL)
+    told = [line for line in first.lines if line["event"] != "ready"]
+    assert journal_of(tmp_path) == told
+    fake.clear_faults()
+
+    second = on_fake()
+    assert second.await_line(event="restored", job="a")["alive"] is False
+    second.await_line(event="removed", job="a")
+    assert second.end(None) == (0, "")
+    assert exits(second) == []
+    rest = [line for line in second.lines if line["event"] != "ready"]
+    assert journal_of(tmp_path) == told + rest
+    assert on_fake().end(None) == (0, "")
+    assert journal_of(tmp_path) == [], "what is removed is left out"
+
+
+def test_a_runner_tells_an_exit_that_it_finds_in_the_journal_alone_no_more(
+    on_fake: Callable[[], RunnerProcess], tmp_path: Path
+) -> None:
+    # As one that was killed between the journal and stdout has left it.
+    run = {"job": "a", "step": None, "pid": 77}
+    lines = [{"event": "started", **run}, {"event": "exit", **run, "code": 3, "at": None}]
+    (tmp_path / "state.journal").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event')
+    one = on_fake()
+    assert one.end(None) == (0, "")
+    assert one.lines == [{"event": "removed", "job": "a"}, {"event": "ready"}]
+
+
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["task", "container"])
+def test_what_containerd_does_not_know_any_more_is_told_with_255(
+    fake: FakeContainerd, on_fake: Callable[[], RunnerProcess], all_of_it: bool
+) -> None:
+    first = on_fake()
+    first.send(do="run", job="a", args=["sleep", "1000"])
+    pid = first.await_line(event="started", job="a", step=None)["pid"]
+    first.send(do="exec", job="a", step="s", args=["sleep", "1000"])
+    step = first.await_line(event="started", job="a", step="s")["pid"]
+    first.end(signal.SIGKILL)
+    with grpc.insecure_channel(f"unix:{fake.address}") as channel:
+        raw = Raw(channel, "runner")
+        raw.kill("a", "s")
+        raw.kill("a")
+        wait_until(lambda: (task := raw.process("a")) and task.status == Status.STOPPED, "it has ended")
+        raw.delete_task("a")
+        if all_of_it:
+            raw.delete_container("a")
+
+    second = on_fake()
+    second.await_line(event="removed", job="a")
+    assert second.end(None)[0] == 0  # its log says that there is no task
+    assert sorted(exits(second), key=str) == sorted([(None, pid, 255), ("s", step, 255)], key=str)
+    assert [line["event"] for line in second.lines if line["event"] not in ("restored", "ready")] == [
+        *("exit", "exit", "removed")
+    ]
+    assert all(line["at"] for line in second.lines if line["event"] == "exit")
+
+
+def test_a_step_that_ended_while_there_was_no_runner_is_told_once(
+    on_fake: Callable[[], RunnerProcess], tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    first = on_fake()
+    first.send(do="run", job="a", args=["sleep", "1000"])
+    pid = first.await_line(event="started", job="a", step=None)["pid"]
+    first.send(
+        do="exec",
+        job="a",
+        step="s",
+        args=["sh", "-c", f"until test -e {go}; do sleep 0.02; done; exit 5"],
+    )
+    step = first.await_line(event="started", job="a", step="s")["pid"]
+    first.end(signal.SIGKILL)
+    go.touch()
+    wait_until(lambda: not alive(int(str(step))), "it has ended")
+
+    second = on_fake()
+    second.await_line(event="exit", job="a", step="s")
+    second.send(do="kill", job="a", signal=9)
+    second.await_line(event="removed", job="a")
+    assert second.end(None) == (0, "")
+    assert exits(second) == [("s", step, 5), (None, pid, 137)]
+
+
+def test_the_end_of_a_start_that_was_begun_anew_is_not_told(
+    fake: FakeContainerd, on_fake: Callable[[], RunnerProcess]
+) -> None:
+    one = on_fake()
+    fake.fail("Tasks/Start", after=True)
+    one.send(do="run", job="a", args=["sh", "-c", "exit 4"])
+    one.await_line(event="removed", job="a")
+    assert one.end(None) == (0, "")
+    assert [line["event"] for line in one.lines] == ["ready", "started", "exit", "removed"]
+    assert exits(one) == [(None, one.lines[1]["pid"], 4)]
+
+
+def test_the_end_of_a_step_that_failed_is_not_told(
+    fake: FakeContainerd, on_fake: Callable[[], RunnerProcess]
+) -> None:
+    one = on_fake()
+    one.send(do="run", job="a", args=["sleep", "1000"])
+    pid = one.await_line(event="started", job="a")["pid"]
+    fake.fail("Tasks/Start", after=True)
+    one.send(do="exec", job="a", step="s", args=["sh", "-c", "exit 4"])
+    one.await_line(event="failed")
+    one.send(do="kill", job="a", signal=9)
+    one.await_line(event="removed", job="a")
+    assert one.end(None) == (0, "")
+    assert exits(one) == [(None, pid, 137)]

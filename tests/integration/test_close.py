@@ -37,7 +37,7 @@ from tests.conftest import Count
 from tests.integration.containers import Collected, MakeSpec, Raw, bundle_of, process, shims_of, wait_until
 from tests.integration.proxy import Proxy
 
-PROMPT = 3.0
+PROMPT = 8.0  # less than the ten seconds that `close` may take
 """Seconds that a close with nothing to wait for may take on a busy machine."""
 
 
@@ -587,7 +587,7 @@ def test_a_program_that_ends_does_so_at_once_and_leaves_its_containers(
         with running:
             assert running.stdout is not None
             said = running.stdout.readline()
-            with prompt(5):
+            with prompt(9):
                 _, complaints = running.communicate(timeout=30)
             assert (said, complaints) == ("running\n", "")
             assert running.returncode == {"sys.exit(3)": 3, "raise SystemExit(4)": 4}.get(end, 0)

@@ -530,7 +530,7 @@ def refusal(address: str | Path, directory: Path, *errors: type[LibcontainerdErr
                 str(address), namespace="n", state_dir=directory / "bundles", default_timeout=_CONNECT_SECONDS
             )
         # What is above the timeout is the machine's slowness, not a wait.
-        assert time.monotonic() - begun < _CONNECT_SECONDS + 1.5
+        assert time.monotonic() - begun < _CONNECT_SECONDS + 8
     assert not (directory / "bundles").exists()
     assert str(address) in str(caught.value)
     return str(caught.value)

@@ -1256,7 +1256,7 @@ def test_close_does_not_wait_for_a_backend_for_ever(
     lanes = client._delivery._queue._lanes._lanes
     eventually(lambda: lanes["web"].items, "an event behind the one that blocks")
     with capture_logs() as logs:
-        Beside(lambda: client.close(timeout=0.2)).answer(within=5)
+        Beside(lambda: client.close(timeout=0.2)).answer(within=15)
     assert [each["event"] for each in logs if each["event"] == "events_undelivered"]
     go.set()
 

@@ -69,6 +69,7 @@ _PROBE_PAUSES: Final = (
     0.1,
     0.2,
 )  # seconds before each; the last one repeats
+_SILENCE: Final = "nobody listens there"
 _LINES_IN_ERROR: Final = 30
 
 _CHECK_INTERVAL: Final = 0.5
@@ -493,7 +494,7 @@ class Supervisor:
             DeadlineExceededError: The deadline has passed.
             CallCancelledError: It was stopped.
         """
-        trouble, attempt = "nobody listens there", 0
+        trouble, attempt = _SILENCE, 0
         while trouble:
             pause = _PROBE_PAUSES[min(attempt, len(_PROBE_PAUSES) - 1)]
             attempt += 1
@@ -506,7 +507,10 @@ class Supervisor:
             # A channel that finds no socket waits before it tries again, longer than containerd takes to start.
             if claim.answers(self._address):
                 with Health(self._address) as health:
-                    trouble = self._probe(health, news, min(left, _PROBE_TIMEOUT), child)
+                    found = self._probe(health, news, min(left, _PROBE_TIMEOUT), child)
+                # A question that the deadline cuts short tells less than the one before it.
+                if not found or trouble == _SILENCE or deadline.remaining():
+                    trouble = found
                 self._refuse_ended(child)
 
     def _refuse_ended(self, child: Child | None) -> None:

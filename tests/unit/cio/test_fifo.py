@@ -872,7 +872,7 @@ def test_the_end_of_input_does_not_wait_for_a_process_that_has_ended(stdin: Stdi
     ending = Beside(stdin.stream.end_input)
     eventually(lambda: stdin.stream._holder.closed, "the holder's end")
     stdin.stream.process_ended()
-    ending.answer(within=5.0)
+    ending.answer(within=15)
     assert stdin.end.closed
 
 
@@ -888,7 +888,7 @@ def test_the_end_of_input_of_a_process_that_has_ended_leaves_the_name_to_a_succe
 def test_the_end_of_input_does_not_wait_for_ever(stdin: Stdin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fifo, "_READER_WAIT_SECONDS", 0.05)
     stdin.stream.close()
-    Beside(stdin.stream.end_input).answer(within=5.0)
+    Beside(stdin.stream.end_input).answer(within=15)
     assert stdin.end.closed
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -205,10 +206,10 @@ def test_one_that_dies_silently_is_said_to(make: Make) -> None:
 
 
 def test_one_that_never_serves_hits_the_deadline(make: Make, short_path: Path) -> None:
-    supervisor = make(NEVER, start_timeout=0.5)
+    supervisor = make(NEVER, start_timeout=4.0)  # time enough for it to say a word
 
     with pytest.raises(
-        DeadlineExceededError, match=r"after 0.5 s: nobody listens there\nthe end of its log:\n  still"
+        DeadlineExceededError, match=r"after 4 s: nobody listens there\nthe end of its log:\n  still"
     ):
         supervisor.start()
 
@@ -218,14 +219,29 @@ def test_one_that_never_serves_hits_the_deadline(make: Make, short_path: Path) -
 
 def test_one_that_hangs_hits_the_deadline(make: Make, short_path: Path) -> None:
     with pytest.raises(DeadlineExceededError, match=r"the health check got (DEADLINE_EXCEEDED|UNAVAILABLE)"):
-        make(DEAF, start_timeout=2.0).start()
+        make(DEAF, start_timeout=6.0).start()
 
     assert left_in(short_path / "state") == {"containerd.lock"}
 
 
 def test_one_that_says_it_does_not_serve_is_not_believed_to(make: Make) -> None:
     with pytest.raises(DeadlineExceededError, match="the health check got NOT_SERVING"):
-        make(SERVING, environment={"STATUS": "2"}, start_timeout=3.0).start()
+        make(SERVING, environment={"STATUS": "2"}, start_timeout=10.0).start()
+
+
+def test_a_question_that_the_deadline_cuts_short_is_not_what_is_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_PROBE_TIMEOUT", 1000.0)
+    supervisor = make(DEAF, start_timeout=5.0)
+    probe, asked = supervisor._probe, count()
+
+    def ask(health: Health, news: threading.Event, timeout: float, child: Child | None) -> str:
+        return probe(health, news, timeout, child) if next(asked) else "it says that it is not ready"
+
+    monkeypatch.setattr(supervisor, "_probe", ask)
+    with pytest.raises(DeadlineExceededError, match="it says that it is not ready"):
+        supervisor.start()
 
 
 @pytest.mark.parametrize("program", [NEVER, DEAF])
@@ -237,7 +253,7 @@ def test_stop_during_the_start_cancels_it(make: Make, short_path: Path, program:
     begun = time.monotonic()
     supervisor.stop()
 
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15, "it waited for the deadline"
     assert left_in(short_path / "state") == {"containerd.lock"}
     assert isinstance(started(), CallCancelledError)
 
@@ -301,7 +317,7 @@ def test_one_that_ignores_sigterm_is_killed_after_the_grace(make: Make, short_pa
         begun = time.monotonic()
         supervisor.stop()
 
-    assert 0.3 <= time.monotonic() - begun < 5
+    assert 0.3 <= time.monotonic() - begun < 20
     assert [event["event"] for event in events][-2:] == ["containerd_killed", "containerd_exited"]
     assert events[-1]["exit_code"] == -signal.SIGKILL
     # It had no time to remove its socket.

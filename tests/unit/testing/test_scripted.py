@@ -249,7 +249,7 @@ def test_limits_are_kept(fake: FakeContainerd, client: Client) -> None:
             resources=typeurl.pack_json(typeurl.LINUX_RESOURCES_URL, b'{"memory":{"limit":5}}'),
         ),
         metadata=client._connection.metadata,
-        timeout=5,
+        timeout=20,
     )
 
     assert fake.updates("c") == [{"memory": {"limit": 5}}]

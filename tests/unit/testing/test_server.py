@@ -331,7 +331,7 @@ def test_a_call_can_be_waited_for(fake: FakeContainerd, client: Client) -> None:
         )
         for name in ("x", "y"):
             with pytest.raises(grpc.RpcError):
-                client._connection.containers.Get(GetContainerRequest(id=name), metadata=METADATA, timeout=5)
+                client._connection.containers.Get(GetContainerRequest(id=name), metadata=METADATA, timeout=20)
 
         call = found.result(10)
     assert isinstance(call.request, GetContainerRequest)
@@ -414,7 +414,7 @@ def test_a_call_that_hangs_does_not_hold_the_end_up() -> None:
             fault.wait_hit()
             begin = time.monotonic()
             fake.stop()
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 9
             with pytest.raises((UnavailableError, CallCancelledError)):
                 answer.result(10)
 
@@ -660,7 +660,7 @@ def test_metrics_are_the_tests(fake: FakeContainerd, client: Client, channel: gr
     stub = tasks_pb2.TasksStub(channel)
     fake.set_metrics(Metrics(pids=PidsStat(current=42)))
 
-    answer = stub.Metrics(tasks_pb2.MetricsRequest(filters=["id==c"]), metadata=METADATA, timeout=5)
+    answer = stub.Metrics(tasks_pb2.MetricsRequest(filters=["id==c"]), metadata=METADATA, timeout=20)
 
     assert Metrics.FromString(answer.metrics[0].data.value).pids.current == 42
 
@@ -713,9 +713,9 @@ def test_health(fake: FakeContainerd, channel: grpc.Channel) -> None:
 
     stub = health_pb2_grpc.HealthStub(channel)
 
-    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == 1
+    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=20).status == 1
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Check(health_pb2.HealthCheckRequest(service="x"), timeout=5)
+        stub.Check(health_pb2.HealthCheckRequest(service="x"), timeout=20)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -724,7 +724,7 @@ def test_the_uuid_outlives_a_restart(fake: FakeContainerd) -> None:
         with grpc.insecure_channel(
             f"unix:{fake.address}", options=(("grpc.default_authority", "localhost"),)
         ) as channel:
-            return introspection_pb2.IntrospectionStub(channel).Server(Empty(), timeout=5).uuid
+            return introspection_pb2.IntrospectionStub(channel).Server(Empty(), timeout=20).uuid
 
     before = uuid()
     fake.restart()

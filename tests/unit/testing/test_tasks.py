@@ -50,21 +50,21 @@ class Calls:
 
     def create(self, name: str, **fields: object) -> int:
         request = tasks_pb2.CreateTaskRequest(container_id=name, **fields)  # type: ignore[arg-type]  # fields that exist
-        return self.tasks.Create(request, metadata=METADATA, timeout=5).pid
+        return self.tasks.Create(request, metadata=METADATA, timeout=20).pid
 
     def start(self, name: str, exec_id: str = "") -> int:
         request = tasks_pb2.StartRequest(container_id=name, exec_id=exec_id)
-        return self.tasks.Start(request, metadata=METADATA, timeout=5).pid
+        return self.tasks.Start(request, metadata=METADATA, timeout=20).pid
 
     def wait(self, name: str, exec_id: str = "") -> int:
         request = tasks_pb2.WaitRequest(container_id=name, exec_id=exec_id)
-        return self.tasks.Wait(request, metadata=METADATA, timeout=5).exit_status
+        return self.tasks.Wait(request, metadata=METADATA, timeout=20).exit_status
 
     def checkpoint(self, name: str, options: CheckpointOptions | None = None) -> list[Descriptor]:
         request = tasks_pb2.CheckpointTaskRequest(
             container_id=name, options=None if options is None else typeurl.pack(options)
         )
-        return list(self.tasks.Checkpoint(request, metadata=METADATA, timeout=5).descriptors)
+        return list(self.tasks.Checkpoint(request, metadata=METADATA, timeout=20).descriptors)
 
     def read(self, digest: str) -> bytes:
         answers = self.content.Read(
@@ -100,7 +100,7 @@ def test_a_checkpoint_and_what_is_made_of_it(fake: FakeContainerd, calls: Calls)
     with tarfile.open(fileobj=io.BytesIO(calls.read(image.digest))) as tar:
         assert tar.getnames() == ["descriptors.json", "inventory.img", "pages-1.img"]
     assert Any.FromString(calls.read(config.digest)).type_url == typeurl.SPEC_URL
-    calls.tasks.Delete(tasks_pb2.DeleteTaskRequest(container_id="c"), metadata=METADATA, timeout=5)
+    calls.tasks.Delete(tasks_pb2.DeleteTaskRequest(container_id="c"), metadata=METADATA, timeout=20)
     fake.script(prints(exit_code=4))
     assert calls.create("c", checkpoint=image) == 0
     second = calls.start("c")
@@ -124,7 +124,7 @@ def test_a_checkpoint_goes_on_and_into_a_directory(calls: Calls, tmp_path: Path)
 
     assert sorted(os.listdir(tmp_path)) == ["descriptors.json", "inventory.img", "pages-1.img"]
     assert (
-        calls.tasks.Get(tasks_pb2.GetRequest(container_id="c"), metadata=METADATA, timeout=5).process.status
+        calls.tasks.Get(tasks_pb2.GetRequest(container_id="c"), metadata=METADATA, timeout=20).process.status
         == 2
     )
 
@@ -142,7 +142,7 @@ def test_checkpoints_that_are_none(calls: Calls) -> None:
                 ]
             ),
             metadata=METADATA,
-            timeout=5,
+            timeout=20,
         )
     )
     digest = answers[-1].digest
@@ -169,10 +169,10 @@ def test_documents_that_are_none(calls: Calls) -> None:
     assert "args must not be empty" in refused(lambda: calls.create("empty"))
     update = tasks_pb2.UpdateTaskRequest(container_id="c", resources=Any(type_url="x", value=b"{"))
     assert "unexpected end of JSON input" in refused(
-        lambda: calls.tasks.Update(update, metadata=METADATA, timeout=5)
+        lambda: calls.tasks.Update(update, metadata=METADATA, timeout=20)
     )
     nothing = tasks_pb2.ExecProcessRequest(container_id="c", exec_id="e")
-    assert "ttrpc: closed" in refused(lambda: calls.tasks.Exec(nothing, metadata=METADATA, timeout=5))
+    assert "ttrpc: closed" in refused(lambda: calls.tasks.Exec(nothing, metadata=METADATA, timeout=20))
 
 
 def test_shims_by_name_and_by_path(calls: Calls, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_start_that_was_refused_can_be_waited_for(calls: Calls, fake: FakeCont
         exec_id="e",
         spec=typeurl.pack_json(typeurl.PROCESS_URL, json.dumps({**process(), "args": []}).encode()),
     )
-    calls.tasks.Exec(request, metadata=METADATA, timeout=5)
+    calls.tasks.Exec(request, metadata=METADATA, timeout=20)
 
     assert "OCI runtime exec failed" in refused(lambda: calls.start("c", "e"))
     assert "cannot start" in refused(lambda: calls.start("c", "e"))
@@ -248,7 +248,7 @@ def test_nobody_reads(calls: Calls, tmp_path: Path) -> None:
         assert told.startswith("DEADLINE_EXCEEDED: failed to create shim task: failed to start io pipe copy")
         assert f'opening w/o fifo "{out}" failed: context deadline exceeded' in told
         assert "NOT_FOUND" in refused(
-            lambda: calls.tasks.Get(tasks_pb2.GetRequest(container_id="c"), metadata=METADATA, timeout=5)
+            lambda: calls.tasks.Get(tasks_pb2.GetRequest(container_id="c"), metadata=METADATA, timeout=20)
         )
 
 
@@ -277,7 +277,7 @@ def test_who_waits_for_a_reader_does_not_hold_the_end_up(tmp_path: Path, exec_id
                 stderr=err,
                 spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
             )
-            calls.tasks.Exec(request, metadata=METADATA, timeout=5)
+            calls.tasks.Exec(request, metadata=METADATA, timeout=20)
             waiting = pool.submit(calls.start, "c", exec_id)
             fake.process("c", exec_id)
         else:
@@ -287,7 +287,7 @@ def test_who_waits_for_a_reader_does_not_hold_the_end_up(tmp_path: Path, exec_id
 
         fake.stop()
 
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 9
         assert isinstance(waiting.exception(10), grpc.RpcError)
 
 
@@ -322,7 +322,7 @@ def test_a_container_may_be_given_another_spec_and_extensions(calls: Calls) -> N
             container=containers_pb2.Container(id="c", **fields),  # type: ignore[arg-type]  # fields that exist
             update_mask=FieldMask(paths=paths),
         )
-        return calls.containers.Update(request, metadata=METADATA, timeout=5).container
+        return calls.containers.Update(request, metadata=METADATA, timeout=20).container
 
     assert change("extensions.e", extensions={"e": extension}).extensions["e"] == extension
     assert change("spec", spec=extension).spec == extension
@@ -331,7 +331,7 @@ def test_a_container_may_be_given_another_spec_and_extensions(calls: Calls) -> N
     whole = containers_pb2.Container(
         id="c", runtime=containers_pb2.Container.Runtime(name="io.containerd.runc.v2"), spec=extension
     )
-    answer = calls.containers.Update(update(container=whole), metadata=METADATA, timeout=5)
+    answer = calls.containers.Update(update(container=whole), metadata=METADATA, timeout=20)
     assert not answer.container.extensions
     assert "Snapshotter field is immutable" in refused(
         lambda: calls.containers.Update(

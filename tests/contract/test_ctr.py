@@ -136,7 +136,7 @@ def test_events(ctr: Ctr) -> None:
             os.set_blocking(events.stdout.fileno(), False)
             seen = b""
             number = 0
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while b"/namespaces/create" not in seen:  # until it is subscribed, which nothing tells
                 assert time.monotonic() < deadline
                 ctr("namespaces", "create", f"n{number}")

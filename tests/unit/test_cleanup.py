@@ -94,7 +94,7 @@ def test_a_container_is_removed_although_the_connection_broke(server: Scripted, 
 def test_a_clean_up_that_cannot_be_done_is_given_up_and_said(
     server: Scripted, calls: Lease, container: Container, task: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cleanup, "CLEAN_UP_SECONDS", 0.3)
+    monkeypatch.setattr(cleanup, "CLEAN_UP_SECONDS", 2.0)
     server.script("Tasks.Kill", *[fail(UNAVAILABLE)] * 1000)
     with capture_logs() as logs:
         Beside(lambda: cleanup.remove_process(calls, container, task)).answer()
@@ -169,7 +169,7 @@ def test_another_failure_is_told_at_once(
 def test_remains_that_stay_are_told_in_time(
     server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cleanup, "_REMAINS_SECONDS", 0.2)
+    monkeypatch.setattr(cleanup, "_REMAINS_SECONDS", 2.0)
     server.script("Tasks.Create", *[SHIM_IN_THE_WAY] * 1000)
     with pytest.raises(SystemFailureError, match="file exists"):
         make_task(calls)

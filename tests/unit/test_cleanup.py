@@ -113,7 +113,7 @@ def test_a_deletion_that_is_refused_is_repeated_without_haste(
     server.script("Tasks.Kill", *[REFUSED] * 1000)
     server.script("Tasks.Delete", *[REFUSED] * 1000)
     with pytest.raises(DeadlineExceededError):
-        cleanup.end_process(calls, container, task, doing="undo", deadline=Deadline(0.4))
+        cleanup.end_process(calls, container, task, doing="undo", deadline=Deadline(2.0))
     assert 2 <= len(server.called("Tasks.Delete")) < 15
 
 

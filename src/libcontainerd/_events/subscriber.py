@@ -175,7 +175,9 @@ class Subscriber:
                 with self._lock:
                     failure = self._failure
             except LibcontainerdError as error:
-                failure = error
+                # What the last attempt, which the deadline cuts short, tells is less than what the one before it told.
+                cut = isinstance(error, DeadlineExceededError) and deadline.remaining() <= 0
+                failure = failure if cut and failure is not None else error
             if isinstance(failure, _HOPELESS) and math.isfinite(deadline.remaining()):
                 raise failure
             self._live.wait(min(pause, deadline.remaining()))

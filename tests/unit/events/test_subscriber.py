@@ -185,6 +185,12 @@ def test_a_server_that_is_gone_is_unavailable(server: Scripted, watch: Watch) ->
     refused(watch, UnavailableError, "containerd does not answer", 0.3)
 
 
+def test_an_attempt_that_the_deadline_cuts_short_is_not_what_is_told(server: Scripted, watch: Watch) -> None:
+    server.script(PUBLISH, fail(grpc.StatusCode.UNAVAILABLE), *[Held() for _ in range(9)])
+    server.script(SUBSCRIBE, *[fail(grpc.StatusCode.UNAVAILABLE)] * 100)
+    refused(watch, UnavailableError, "containerd does not answer", 0.9)
+
+
 def test_close_beside_open(server: Scripted, watch: Watch) -> None:
     server.script(PUBLISH, *[swallow] * 100)
     opening = Beside(watch.open)

@@ -199,6 +199,20 @@ def test_it_is_none_where_the_runner_was_killed_before_it_could_tell(case: Case)
     assert case.problems() == []
 
 
+def test_it_is_none_where_a_start_that_failed_in_a_fault_could_not_be_taken_back(case: Case) -> None:
+    case.started()
+    case.ledger.ask("a", "s", STEP)
+    case.ledger.fault("connection")
+    case.failed("s")
+    case.next_life()
+    case.restored()
+    case.exit(137, "s", EXEC)
+    case.after(60)
+    case.wrote(PROGRAM.text)
+    case.exit(3)
+    assert case.problems() == []
+
+
 # -------------------------------------------------------------------------------------------------------- the journal
 
 
@@ -299,6 +313,23 @@ def test_a_step_is_not_killed_long_before_its_init(case: Case) -> None:
     assert case.problems() == ["step s of a: run 8: ended with 137, which is none of [5]"]
 
 
+def test_a_step_is_killed_with_an_init_whose_end_its_shim_did_not_live_to_tell(case: Case) -> None:
+    case.started()
+    case.step()
+    case.exit(137, "s", EXEC)
+    case.ledger.shim_killed("a")
+    case.after(5)
+    case.exit(137)
+    assert case.problems() == []
+
+
+def test_a_shim_that_is_killed_after_an_exit_was_told_changes_nothing_of_it(case: Case) -> None:
+    case.started()
+    case.exit(137)
+    case.ledger.shim_killed("a")
+    assert "a: run 7: ended with 137, which is none of [3]" in case.problems()
+
+
 def test_a_killed_shim_takes_the_codes_of_execs_but_not_of_init_with_it(case: Case) -> None:
     case.started()
     case.step()
@@ -349,6 +380,14 @@ def test_a_start_that_a_dead_runner_left_may_be_found_and_killed(case: Case) -> 
     assert case.problems() == []
 
 
+def test_a_start_that_was_answered_in_the_journal_alone_is_not_killed_either(case: Case) -> None:
+    case.lines.append({"event": "started", "job": "a", "step": None, "pid": INIT})
+    case.next_life()
+    case.restored()
+    case.exit(137)
+    assert case.problems() == ["a: run 7: ended with 137, which is none of [3]"]
+
+
 def test_a_start_that_was_answered_is_not_killed_by_the_next_runner(case: Case) -> None:
     case.started()
     case.next_life()
@@ -374,6 +413,16 @@ def test_it_is_not_forgotten_otherwise(later: Case, kind: str, seconds: float) -
     later.after(seconds)
     later.exit(255)
     assert later.problems() == ["a: run 7: ended with 255, which is none of [3]"]
+
+
+def test_a_step_is_killed_with_an_init_that_is_forgotten(later: Case) -> None:
+    later.started()
+    later.step()
+    later.exit(137, "s", EXEC)
+    later.ledger.fault("containerd")
+    later.after(8)
+    later.exit(255)
+    assert later.problems() == []
 
 
 def test_a_step_is_not_forgotten_while_its_init_lives(later: Case) -> None:
@@ -543,3 +592,117 @@ def test_output_that_nobody_read_when_it_ended_may_be_lost(case: Case) -> None:
     case.after(1)
     case.ready()
     assert case.problems() == []
+
+
+# ---------------------------------------------------------------------------------------- lives, names and outages
+
+
+def test_a_run_that_was_restored_has_begun(case: Case) -> None:
+    case.next_life()
+    case.restored()
+    assert case.ledger.running() == ["a"]
+    assert case.problems() == ["a: run 7: no exit"]
+
+
+def test_a_step_that_was_restored_has_begun(case: Case) -> None:
+    case.started()
+    case.ledger.ask("a", "s", STEP)
+    case.next_life()
+    case.restored(s=EXEC)
+    assert case.ledger.steps_of("a") == ["s"]
+    case.wrote(PROGRAM.text)
+    case.exit(3)
+    assert case.problems() == ["step s of a: run 8: no exit"]
+
+
+def test_a_job_that_was_only_made_has_not_begun(case: Case) -> None:
+    case.next_life()
+    case.restored(0, alive=False)
+    assert (case.ledger.running(), case.ledger.present()) == ([], ["a"])
+    assert case.problems() == []
+
+
+def test_each_use_of_a_name_is_judged_by_its_own_program(case: Case) -> None:
+    case.started()
+    case.wrote(PROGRAM.text)
+    case.exit(3)
+    case.removed()
+    case.ledger.ask("a", None, STEP)
+    case.started(pid=9)
+    case.wrote(STEP.text)
+    case.exit(3, pid=9)
+    assert case.problems() == ["a: run 9: ended with 3, which is none of [5]"]
+
+
+def test_a_runner_that_is_killed_before_it_has_read_its_journal_changes_nothing(case: Case) -> None:
+    case.started()
+    case.wrote(PROGRAM.text)
+    case.exit(3)
+    case.removed()
+    lines = list(case.lines)
+    case.next_life(ready=False)
+    case.lines = lines
+    case.next_life()
+    assert case.problems(removed=False) == []
+
+
+def test_what_a_journal_has_that_nobody_knows_is_a_problem(case: Case) -> None:
+    case.started()
+    case.wrote(PROGRAM.text)
+    case.exit(3)
+    case.lines.append({"event": "dance", "job": "a"})
+    assert "the journal has {'event': 'dance', 'job': 'a'}" in case.problems()
+
+
+def test_the_last_words_of_a_dead_runner_say_nothing_of_the_next_one(case: Case) -> None:
+    case.next_life(ready=False)
+    case.ledger.told(0, {"event": "ready"})
+    case.ledger.told(0, {"event": "restored", "job": "a", "pid": 7, "alive": True, "steps": {}})
+    assert (case.ledger.ready, case.ledger.present(), case.ledger.gone()) == (False, [], [])
+    case.ready()
+    assert case.ledger.gone() == ["a"]
+    case.restored()
+    case.ledger.told(0, {"event": "removed", "job": "a"})
+    case.ledger.told(0, {"event": "failed", "command": {"do": "run", "job": "a"}, "error": "no"})
+    assert case.ledger.present() == ["a"]
+
+
+def test_an_outage_is_over_when_the_next_runner_has_been_ready_for_a_while(case: Case) -> None:
+    case.started()
+    case.next_life()
+    case.restored()
+    case.after(30)
+    case.ledger.shim_killed("a")
+    case.exit(255)
+    assert case.problems() == ["a: run 7: ended with 255, which is none of [3, 137]"]
+
+
+def test_what_a_later_containerd_forgets_is_told_by_the_next_runner(later: Case) -> None:
+    later.started()
+    later.ledger.fault("containerd")
+    later.next_life(ready=False)
+    later.after(60)
+    later.ready()
+    later.restored(0, alive=False)
+    later.exit(255)
+    assert later.problems() == []
+
+
+def test_jobs_that_are_started_or_removed_in_a_fault_are_noted(case: Case) -> None:
+    case.started()
+    case.ledger.ask("b", None, PROGRAM)
+    case.ledger.ask("a", "s", STEP)
+    case.ledger.fault("containerd")
+    assert case.ledger.cut_off() == {"b"}
+    case.exit(3)
+    case.ledger.fault("containerd")
+    assert case.ledger.cut_off() == {"a", "b"}
+
+
+def test_the_history_is_of_the_jobs_that_are_asked_for_and_of_the_faults(case: Case) -> None:
+    case.started()
+    case.wrote("one\n")
+    case.ledger.ask("b", None, PROGRAM)
+    case.ledger.fault("containerd")
+    said = [line.partition(" ")[2] for line in case.ledger.history({"a"})]
+    assert [line.split(" ")[0] for line in said] == ["asked", "life", "FAULT"]

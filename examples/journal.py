@@ -4,7 +4,7 @@ One JSON object to a line, each written by a single call with O_APPEND, so a lin
 last line that is torn all the same (the kernel may stop between two pages) was never told. A power failure is not provided
 for: that takes an `fsync`.
 
-    {"event": "started", "job": "build-7", "step": null, "pid": 4711}
+    {"event": "started", "job": "build-7", "step": null, "pid": 4711, "attempt": 1}
     {"event": "restored", "job": "build-7", "pid": 4711, "alive": true, "steps": {"test": 4712}}
     {"event": "exit", "job": "build-7", "step": "test", "pid": 4712, "code": 3, "at": "2026-11-28T12:00:00+00:00"}
     {"event": "removed", "job": "build-7"}

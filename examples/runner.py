@@ -8,7 +8,8 @@ A job is a container, a step is an exec in it. Commands, on stdin:
 
 Answers, on stdout: `started` and `failed` to a command, `output`, `exit`, and `removed` when nothing of a job is left. After its
 start the runner takes back what an earlier one has left behind, even one that was killed: it says `restored` of each job,
-then `ready`. Job, step and pid name a run.
+then `ready`. Job, step and pid name a run. A start that containerd's end cuts off is begun anew; `output` and `started` have the number
+of the attempt, for the last words of one that was given up can come late.
 
 Every run that was told to have begun has exactly one exit, over all lives of the runner: `started`, `restored`, `exit` and
 `removed` are in a journal, STATE_DIR.journal, before they are on stdout. Who reads stdout of a runner that was killed finds
@@ -166,22 +167,24 @@ class Runner:
     def run(self, job_id: str, args: list[str]) -> None:
         """Make and start a container. A start of which nobody knows how it ended is begun anew."""
         spec = self.spec(args)
-        job = Job()
+        job, attempt = Job(), 0
         with self.changed:
             if job_id in self.jobs:
                 raise ConflictError(f"there is a job {job_id!r}")
             self.jobs[job_id] = job
 
         def start() -> int:
+            nonlocal attempt
             self.client.replace(job_id, spec)
             self.tell_lost(job_id, self.journal.unended(job_id))  # of one that could not be restored
-            return self.client.start(job_id, attach_stdio=self.attach)
+            attempt += 1
+            return self.client.start(job_id, attach_stdio=partial(self.attach, attempt=attempt))
 
         try:
             with job.init.starting:
                 # A start that was cut off with an earlier runner can bring its task to light between the two.
                 job.init.pid = self.patiently(start, (*AWAY, ConflictError))
-                self.tell("started", job=job_id, step=None, pid=job.init.pid)
+                self.tell("started", job=job_id, step=None, pid=job.init.pid, attempt=attempt)
         except BaseException:
             with suppress(LibcontainerdError):  # no such program, say: the container is still ours
                 self.patiently(partial(self.client.delete, job_id))
@@ -206,22 +209,19 @@ class Runner:
         try:
             with process.starting:
                 process.pid = self.client.exec(
-                    job_id, step, spec, attach_stdio=partial(self.attach_step, step)
+                    job_id, step, spec, attach_stdio=partial(self.attach, step=step)
                 )
-                self.tell("started", job=job_id, step=step, pid=process.pid)
+                self.tell("started", job=job_id, step=step, pid=process.pid, attempt=1)
         except BaseException:
             self.ended(job_id, job, process)
             raise
 
-    def attach(self, dio: cio.DirectIO) -> cio.IO:
-        """Pass a job's output on; at its start, and after a restore."""
-        return self.attach_step(None, dio)
-
-    def attach_step(self, step: str | None, dio: cio.DirectIO) -> cio.IO:
-        """Likewise for a step's."""
+    def attach(self, dio: cio.DirectIO, step: str | None = None, attempt: int = 1) -> cio.IO:
+        """Pass the output of a job, or of a step, on: at its start, and after a restore."""
 
         def take(data: bytes) -> None:
-            self.say("output", job=dio.container_id, step=step, text=data.decode(errors="replace"))
+            text = data.decode(errors="replace")
+            self.say("output", job=dio.container_id, step=step, attempt=attempt, text=text)
 
         return cio.copy(stdout=take, stderr=take)(dio)
 
@@ -300,7 +300,11 @@ class Runner:
         deadline = time.monotonic() + PATIENCE
         while True:
             results = self.patiently(
-                partial(self.client.restore_all, self.attach, attach_exec_stdio=self.attach_step)
+                partial(
+                    self.client.restore_all,
+                    self.attach,
+                    attach_exec_stdio=lambda step, dio: self.attach(dio, step),
+                )
             )
             found |= {job_id: each for job_id, each in results.items() if isinstance(each, Restored)}
             broken = {job_id: each for job_id, each in results.items() if isinstance(each, Exception)}

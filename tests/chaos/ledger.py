@@ -76,9 +76,9 @@ class Expected:
         removed_in: The life in which it was told to be gone with its job.
         lives: The lives of the runner in which it may have run.
         pids: Its runs, as far as stdout tells.
-        begun: Its runs in the journal, and whether a start's answer told of them.
+        begun: Its runs in the journal, and which attempt's answer told of them; 0 where it was a restore.
         exits: Its exits in the journal.
-        output: What it wrote, by life.
+        output: What it wrote, by life and attempt.
     """
 
     job: str
@@ -95,9 +95,9 @@ class Expected:
     removed_in: int | None = None
     lives: set[int] = field(default_factory=set)
     pids: set[int] = field(default_factory=set)
-    begun: dict[int, bool] = field(default_factory=dict)
+    begun: dict[int, int] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
-    output: dict[int, str] = field(default_factory=dict)
+    output: dict[int, dict[int, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"step {self.step} of {self.job}" if self.step else self.job
@@ -190,20 +190,16 @@ class Expected:
         text, first = self.program.text, min(self.lives)
         # What a killed shim had taken from a process and not yet passed on is gone.
         whole = any(each.code == self.program.code for each in self.exits) and self.shim_killed_at is None
-        one_life = self.lives == {first}
-        begin = self.output.get(first, "")
-        if not self.cut_off:
-            if not text.startswith(begin) or (one_life and whole and begin != text):
-                return [f"output: {_difference(begin, text)}"]
-        else:
-            # A start that was taken back may have written something; what is begun anew writes all of it.
-            last = text if one_life and whole else ""
-            if not begin.endswith(last) or not _are_beginnings(begin.removesuffix(last), text):
-                return [f"output, of more than one start: {begin[-200:]!r}"]
+        attempts = self.output.get(first, {})
+        answered = max(self.begun.values(), default=0)
+        for attempt, written in {answered: "", **attempts}.items():
+            all_of_it = attempt == answered > 0 and self.lives == {first} and whole
+            if not text.startswith(written) or (all_of_it and written != text):
+                return [f"output of attempt {attempt}: {_difference(written, text)}"]
         # What was on its way in a runner that was killed is lost; each life has a piece without a gap all the same.
-        at, piece = 0 if self.cut_off else len(begin), ""
+        at, piece = len(attempts.get(answered, "")), ""
         for life in sorted(self.output.keys() - {first}):
-            piece = self.output[life]
+            piece = "".join(self.output[life].values())
             if (found := text.find(piece, at)) < 0:
                 return [f"output in life {life} has gaps: {piece[-200:]!r}"]
             at = found + len(piece)
@@ -217,17 +213,6 @@ class Expected:
             ledger.ready_at.get(each.life, math.inf) < each.at and self.removed_in == each.life
             for each in self.exits
         )
-
-
-def _are_beginnings(got: str, text: str) -> bool:
-    """Whether it is a row of beginnings of the text, of any lengths."""
-    reached = 0  # every place up to here can be where one ends: each may be cut shorter
-    for at, letter in enumerate(got):
-        if at > reached:
-            break
-        if letter == text[0]:
-            reached = max(reached, at + _alike(got[at:], text))
-    return reached >= len(got)
 
 
 def _alike(one: str, other: str) -> int:
@@ -372,9 +357,15 @@ class Ledger:
                 if now:
                     self._alive.add(job)
                 self._restored(life, job, pid, steps)
-            case {"event": "output", "job": str(job), "step": str() | None as step, "text": str(text)}:
-                one = self._latest[job, step]
-                one.output[life] = one.output.get(life, "") + text
+            case {
+                "event": "output",
+                "job": str(job),
+                "step": str() | None as step,
+                "attempt": int(attempt),
+                "text": str(text),
+            }:
+                written = self._latest[job, step].output.setdefault(life, {})
+                written[attempt] = written.get(attempt, "") + text
             case {"event": "exit", "job": str(job), "step": str() | None as step, "pid": int(pid)}:
                 one = self._run(job, step, pid)
                 one.ended = True
@@ -440,12 +431,18 @@ class Ledger:
 
     def _journaled(self, life: int, line: Line) -> None:
         match line:
-            case {"event": "started", "job": str(job), "step": str() | None as step, "pid": int(pid)}:
-                self._begun(job, step, pid, answered=True)
+            case {
+                "event": "started",
+                "job": str(job),
+                "step": str() | None as step,
+                "pid": int(pid),
+                "attempt": int(attempt),
+            }:
+                self._begun(job, step, pid, attempt)
             case {"event": "restored", "job": str(job), "pid": int(pid), "steps": dict(steps)}:
                 for step, number in {None: pid, **steps}.items():
                     if number:
-                        self._begun(job, step, number, answered=False)
+                        self._begun(job, step, number, 0)
             case {
                 "event": "exit",
                 "job": str(job),
@@ -464,10 +461,10 @@ class Ledger:
             case _:
                 self.odd.append(f"the journal has {line}")
 
-    def _begun(self, job: str, step: str | None, pid: int, *, answered: bool) -> None:
+    def _begun(self, job: str, step: str | None, pid: int, attempt: int) -> None:
         one = self._run(job, step, pid)
         one.pids.add(pid)
-        one.begun.setdefault(pid, answered)
+        one.begun.setdefault(pid, attempt)
 
     # --------------------------------------------------------------------------------------------- what can be asked
 

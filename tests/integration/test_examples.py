@@ -487,11 +487,18 @@ def test_the_end_of_a_start_that_was_begun_anew_is_not_told(
 ) -> None:
     one = on_fake()
     fake.fail("Tasks/Start", after=True)
-    one.send(do="run", job="a", args=["sh", "-c", "exit 4"])
+    one.send(do="run", job="a", args=["sh", "-c", "echo up; exit 4"])
     one.await_line(event="removed", job="a")
     assert one.end(None) == (0, "")
-    assert [line["event"] for line in one.lines] == ["ready", "started", "exit", "removed"]
-    assert exits(one) == [(None, one.lines[1]["pid"], 4)]
+    events = [line["event"] for line in one.lines]
+    assert [each for each in events if each != "output"] == ["ready", "started", "exit", "removed"]
+    begun = one.await_line(event="started")
+    assert begun["attempt"] == 2
+    assert exits(one) == [(None, begun["pid"], 4)]
+    assert (
+        "".join(str(line["text"]) for line in one.lines if line.get("attempt") == 2 and "text" in line)
+        == "up\n"
+    )
 
 
 def test_the_end_of_a_step_that_failed_is_not_told(

@@ -6,6 +6,7 @@ Each is compared with what is written here. Who makes the library do more must c
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,9 @@ def calls() -> Counts:
         count("summary", lambda: client.summary("c"))
         count("pause", lambda: client.pause("c"))
         count("resume", lambda: client.resume("c"))
-        count("signal_process", lambda: client.signal_process("c", "init", 10))
+        count(
+            "signal_process", lambda: client.signal_process("c", "init", signal.SIGWINCH)
+        )  # which it ignores
         count("wait for an exec, and its removal", end_exec)
         count("wait", end_init)
         count("delete_task", lambda: client.delete_task("c"))

@@ -8,13 +8,17 @@ from __future__ import annotations
 import re
 import signal
 import time
+import uuid
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from libcontainerd import _keeping as keeping
+from libcontainerd._records import Container, Process
+from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import Deadline
 from libcontainerd._wire.pb.services import containers_pb2, leases_pb2, tasks_pb2
 from libcontainerd._wire.shelter import CLEAN_UP_SECONDS
@@ -27,19 +31,32 @@ from libcontainerd.errors import (
     SystemFailureError,
     UnavailableError,
 )
+from libcontainerd.types import INIT_PROCESS_NAME
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
 
-    from libcontainerd._records import Container, Process
+    from libcontainerd._wire.pb.types import task_pb2
     from libcontainerd._wire.shelter import Lease
+
+STAND_IN_LABEL: Final = "libcontainerd/stand-in"
+"""Marks a container that `end_orphan` has made, and will remove."""
+
+STALE_SECONDS: Final = 120.0
+"""The age from which on a stand-in has nobody any more who would remove it: more than twice what its maker may take."""
 
 _REMAINS_SECONDS: Final = 10.0
 _REMAINS: Final = re.compile(r"failed to start shim.*file exists")
+_EMPTY_SHIM: Final = re.compile(r"\bcontainer not created\b")
+_STAND_IN_SECONDS: Final = 30.0
+_STAND_IN_PAUSE_SECONDS: Final = 0.1
 _DEATH_SECONDS: Final = 2.0
 _FIRST_PAUSE_SECONDS: Final = 0.01
 _MOST_PAUSE_SECONDS: Final = 2.0
+
+_ANY_RUNTIME: Final = "io.containerd.runc.v2"
+"""containerd wants one named, and a spec, and uses neither: whatever runs has its shim."""
 
 _log = structlog.get_logger("libcontainerd")
 
@@ -88,6 +105,119 @@ def _in_the_way(
     except LibcontainerdError:
         return False
     return False
+
+
+def make_container(
+    calls: Lease,
+    request: containers_pb2.CreateContainerRequest,
+    *,
+    cut: threading.Event,
+    doing: str,
+    deadline: Deadline,
+) -> None:
+    """Have containerd make a container; again, for half a minute, while a stand-in has its id.
+
+    Raises:
+        LibcontainerdError: it could not be made.
+    """
+    patience = deadline.at_most(_STAND_IN_SECONDS)
+    while True:
+        try:
+            calls.call(calls.containers.Create, request, doing=doing, deadline=deadline)
+        except ConflictError:
+            stand_in = _stand_in(calls, request.container.id, doing, deadline)
+            if stand_in is None or not patience.remaining() or cut.wait(_STAND_IN_PAUSE_SECONDS):
+                raise
+            if is_stale(stand_in):
+                remove_container(calls, stand_in)
+        else:
+            return
+
+
+def _stand_in(
+    calls: Lease, container_id: str, doing: str, deadline: Deadline
+) -> containers_pb2.Container | None:
+    """The stand-in that has an id; an empty one where nothing has it any more, None where a real container has."""
+    look = containers_pb2.GetContainerRequest(id=container_id)
+    try:
+        found = calls.call(calls.containers.Get, look, doing=doing, deadline=deadline).container
+    except NotFoundError:
+        return containers_pb2.Container(id=container_id)
+    except LibcontainerdError:
+        return None
+    return found if is_stand_in(found) else None
+
+
+def is_empty_shim(error: NotFoundError) -> bool:
+    """Whether there is no task because a shim has none, and not for want of a shim.
+
+    A start that was cut off together with its containerd leaves such a shim. To delete its task fails, and shuts it down.
+    """
+    return _EMPTY_SHIM.search(str(error)) is not None
+
+
+def is_stand_in(container: containers_pb2.Container) -> bool:
+    """Whether a container was made only to reach an orphan."""
+    return STAND_IN_LABEL in container.labels
+
+
+def is_stale(stand_in: containers_pb2.Container) -> bool:
+    """Whether whoever made a stand-in has died."""
+    if not stand_in.HasField("created_at"):
+        return False
+    made = stand_in.created_at.seconds
+    return datetime.now(UTC).timestamp() - made > STALE_SECONDS
+
+
+def end_orphan(
+    calls: Lease,
+    container_id: str,
+    is_ours: Callable[[task_pb2.Process | None], bool],
+    *,
+    doing: str,
+) -> bool:
+    """End what containerd runs under an id of which it has no container, so that no call reaches it.
+
+    All calls about a task ask for its container first. So one is made, and with it the task is killed and deleted, or a shim
+    without one is shut down, which is containerd's own doing. The stand-in keeps the id from everybody else meanwhile: who
+    would create a container waits (`make_container`), and where somebody was faster nothing is touched.
+
+    Args:
+        calls: Where. It is cleaning up from here on, and heeds no `close`.
+        container_id: The id.
+        is_ours: Told what containerd says of the task, or None where there is none, says whether to end it.
+        doing: For errors' messages.
+
+    Returns:
+        False where the id is somebody's, or what runs is not ours.
+
+    Raises:
+        LibcontainerdError: it could not be done.
+    """
+    deadline = Deadline(CLEAN_UP_SECONDS)
+    calls.settle(deadline)
+    stand_in = containers_pb2.Container(
+        id=container_id,
+        labels={STAND_IN_LABEL: uuid.uuid4().hex},
+        runtime=containers_pb2.Container.Runtime(name=_ANY_RUNTIME),
+        spec=typeurl.pack_json(typeurl.SPEC_URL, b"{}"),
+    )
+    creation = containers_pb2.CreateContainerRequest(container=stand_in)
+    look = tasks_pb2.GetRequest(container_id=container_id)
+    task = None
+    try:
+        calls.call(calls.containers.Create, creation, doing=doing, deadline=deadline)
+        with suppress(NotFoundError):
+            task = calls.call(calls.tasks.Get, look, doing=doing, deadline=deadline).process
+        if not is_ours(task):
+            return False
+        init = Process(INIT_PROCESS_NAME)
+        end_process(calls, Container(container_id), init, doing=doing, deadline=deadline)
+    except ConflictError:
+        return False
+    finally:
+        remove_container(calls, stand_in)
+    return True
 
 
 def remove_container(calls: Lease, sent: containers_pb2.Container) -> None:

@@ -36,6 +36,7 @@ from libcontainerd.errors import (
 from libcontainerd.types import INIT_PROCESS_NAME
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Mapping
 
     from google.protobuf.message import Message
@@ -63,6 +64,7 @@ class Creator:
         runtime_options: Options | None,
         keep_exits: bool,
         end_task: Callable[[str, Deadline, str], None],
+        cut: threading.Event,
     ) -> None:
         """Take what it works with.
 
@@ -75,6 +77,7 @@ class Creator:
             runtime_options: Under those that a container is given.
             keep_exits: Whether containerd is to keep the exits of the containers that are made (`_keeping`).
             end_task: Kills and deletes a task that our records have.
+            cut: Set once `close` has cut IO off.
         """
         self._connection = connection
         self._shelter = shelter
@@ -84,6 +87,7 @@ class Creator:
         self._runtime_options = runtime_options
         self._keep_exits = keep_exits
         self._end_task = end_task
+        self._cut = cut
 
     def create(
         self,
@@ -138,7 +142,7 @@ class Creator:
             with self._shelter.enter(doing) as calls:
                 made = False
                 try:
-                    calls.call(calls.containers.Create, request, doing=doing, deadline=deadline)
+                    cleanup.make_container(calls, request, cut=self._cut, doing=doing, deadline=deadline)
                     made = True
                     if first is not None:
                         first(container, doing, deadline)
@@ -188,10 +192,14 @@ class Creator:
             self._containers.remove(container)
 
     def _refuse_while_task_exists(self, container: Container, doing: str, deadline: Deadline) -> None:
-        """Our record has no task; but somebody else may have started one."""
+        """Our record has no task; but somebody else may have started one, or a start was cut off and has left its shim."""
         request = tasks_pb2.GetRequest(container_id=container.id)
-        with suppress(NotFoundError):
+        try:
             self._connection.call(self._connection.tasks.Get, request, doing=doing, deadline=deadline)
+        except NotFoundError as error:
+            if cleanup.is_empty_shim(error):  # which nobody could reach any more without the container
+                self._end_hidden_task(container, doing, deadline)
+        else:
             raise FailedPreconditionError(f"cannot {doing}: a task exists that was not started here")
 
     def replace(

@@ -172,6 +172,7 @@ class Client:
             runtime_options=read_runtime_options(runtime_options),
             keep_exits=keep_exits,
             end_task=self._end_task,
+            cut=self._cut,
         )
         self._checkpoints = Checkpoints(self._connection, self._shelter)
         self._starter = Starter(self._shelter, self._containers, self._stdin, self._checkpoints, self._cut)

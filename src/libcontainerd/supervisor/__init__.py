@@ -9,9 +9,9 @@ A `Supervisor` runs one containerd in two directories, and writes nothing outsid
 containerd's shims and clients do: sockets, FIFOs and runc's state in ``/run/containerd``, the cgroups ``/NAMESPACE/ID``.
 These are shared by every containerd of a machine, so give each one namespaces of its own.
 
-Three threads, all daemons: one starts the child, reads its log and reaps it; one hands the log on, so that a consumer
-that is slow never fills the pipe and so blocks containerd; one checks its health and starts it again. Needs Linux 5.3
-(pidfd).
+Four threads, all daemons: one starts the child, reads its log and reaps it; one hands the log on, so that a consumer
+that is slow never fills the pipe and so blocks containerd; one checks its health and starts it again; one looks for shims
+that containerd has lost (`orphans`). Needs Linux 5.3 (pidfd).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from libcontainerd.supervisor.options import (
     invalid,
     socket_path,
 )
+from libcontainerd.supervisor.orphans import Sweeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -306,10 +307,13 @@ class Supervisor:
         command = _Command([binary, "--config", self._configuration_file], variables, log)
         with self._news() as news:
             self._launch(command, news)
-        thread = watcher(partial(self._watch, command))
+        sweeper = Sweeper(self._address, log)
+        thread = watcher(partial(self._watch, command, sweeper))
         undo.callback(self._end_watcher, thread)
+        undo.callback(sweeper.stop)
         try:
             thread.start()
+            sweeper.start()
         except RuntimeError as error:
             raise _failure("watch over containerd", error) from error
 
@@ -382,12 +386,12 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------ kept running
 
-    def _watch(self, command: _Command) -> None:
+    def _watch(self, command: _Command, sweeper: Sweeper) -> None:
         """Keep it running until it is stopped or given up; on a thread of its own."""
         reason = ""
         with self._news() as news:
             try:
-                self._keep_running(command, news)
+                self._keep_running(command, news, sweeper)
             except CallCancelledError:
                 return
             except LibcontainerdError as error:
@@ -398,7 +402,7 @@ class Supervisor:
         self._failure = SystemFailureError(reason)
         self._announce()
 
-    def _keep_running(self, command: _Command, news: threading.Event) -> None:
+    def _keep_running(self, command: _Command, news: threading.Event, sweeper: Sweeper) -> None:
         attempt = 0
         while True:
             served_since = time.monotonic()
@@ -423,6 +427,7 @@ class Supervisor:
                 else:
                     trouble = ""
             command.log.event("info", "containerd_restarted", pid=self.pid)
+            sweeper.soon()
 
     def _check_until_it_ends(self, log: Log, news: threading.Event) -> None:
         """Check its health twice a second, and end it when it hangs."""

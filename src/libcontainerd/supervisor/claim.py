@@ -120,7 +120,7 @@ def _is_socket(path: str) -> bool:
 def write_pid_file(path: str, pid: int) -> None:
     """Record a process: its pid, and its start time and executable, by which it is told from a later one of that pid."""
     # One that is gone has none, and whoever waits for it will say so better.
-    if started := _start_time(pid):
+    if started := start_time(pid):
         write(path, f"{pid}\n{started}\n{_executable(pid) or '-'}\n".encode(), 0o644)
 
 
@@ -149,7 +149,7 @@ def await_predecessor(pid_file: str, configuration_file: str) -> None:
         return
     try:
         ours = (
-            _start_time(pid) == started
+            start_time(pid) == started
             and executable in ("-", _executable(pid) or executable)
             and _may_have_been_given(pid, configuration_file)
         )
@@ -162,7 +162,7 @@ def await_predecessor(pid_file: str, configuration_file: str) -> None:
         os.close(process)
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When a process started, in ticks since boot; None if there is none. See proc(5) on stat.
 
     Its state is no matter: a process with many threads is shown as a zombie when the first of them has ended, while the

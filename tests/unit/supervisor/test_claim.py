@@ -168,7 +168,7 @@ def test_a_pid_file_that_names_no_containerd_of_ours_is_not_believed(tmp_path: P
     configuration = str(tmp_path / "containerd.toml")
     # The last four name a live process, but lack when it started or what it runs, or say it wrongly.
     with process_given("--config", configuration) as process:
-        started = claim._start_time(process.pid)
+        started = claim.start_time(process.pid)
         (tmp_path / "pid").write_text(recorded.format(pid=process.pid, started=started))
 
         claim.await_predecessor(str(tmp_path / "pid"), configuration)

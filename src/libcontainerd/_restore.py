@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from libcontainerd._events.delivery import Delivery
+    from libcontainerd._events.strays import Strays
     from libcontainerd._records import Container, ContainerMap, SpecFacts
     from libcontainerd._stdin import StdinCloser
     from libcontainerd._wire.connection import Connection, Deadline
@@ -72,6 +73,7 @@ class Restorer:
         state_dir: str,
         keep_exits: bool,
         look_again: Callable[[], None],
+        strays: Strays,
         cut: threading.Event,
     ) -> None:
         """Take what it works with.
@@ -85,6 +87,7 @@ class Restorer:
             state_dir: Where bundles are.
             keep_exits: Whether to look for records that were left (`_keeping`).
             look_again: Compares all records with containerd, in the background.
+            strays: Ends tasks that have lost their container.
             cut: Set once `close` has cut IO off.
         """
         self.connection = connection
@@ -96,6 +99,7 @@ class Restorer:
         self.cut = cut
         self._keep_exits = keep_exits
         self._look_again = look_again
+        self._strays = strays
         self.log = _log.bind(namespace=connection.namespace)
 
     def restore(
@@ -164,6 +168,7 @@ class Restorer:
         )
         if self._keep_exits:
             keeping.sweep(self.shelter, deadline)
+        self._strays.look(tasks)
         if any(isinstance(each, Restored) for each in results.values()):
             self._look_again()
         return results

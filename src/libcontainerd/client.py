@@ -27,6 +27,7 @@ from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.patrol import Patrol
 from libcontainerd._events.serial import SerialQueue
+from libcontainerd._events.strays import Strays
 from libcontainerd._events.subscriber import Subscriber
 from libcontainerd._records import Container, ContainerMap, Process
 from libcontainerd._restore import Restorer
@@ -179,7 +180,8 @@ class Client:
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
         )
-        self._patrol = Patrol(self._connection, self._containers, self._delivery, self._background)
+        strays = Strays(self._connection, self._shelter, self._containers, self._background, self._state_dir)
+        self._patrol = Patrol(self._connection, self._containers, self._delivery, self._background, strays)
         self._restorer = Restorer(
             self._connection,
             self._shelter,
@@ -189,6 +191,7 @@ class Client:
             state_dir=self._state_dir,
             keep_exits=keep_exits,
             look_again=self._patrol.catch_up,
+            strays=strays,
             cut=self._cut,
         )
         self._subscriber = Subscriber(

@@ -53,7 +53,6 @@ class Round:
         self._proxy = proxy
         self._raw = raw
         self.ledger = Ledger(release)
-        self.forgotten: list[str] = []
         self.log = directory / "runner.log"
         self._state_dir = directory / "bundles"
         self._numbers = iter(range(1, 1_000_000))
@@ -182,24 +181,11 @@ class Round:
                 self._kill(job, None)
             with self.ledger.changed:
                 self.ledger.changed.wait_for(lambda: not self.ledger.present(), _ASK_AGAIN)
-        self._await_nothing_listed()
+        wait_until(lambda: not self._listed(), "containerd lists nothing", _PATIENCE)
         wait_until(lambda: not self._bundles(), "state_dir is empty", _PATIENCE)
 
-    def _await_nothing_listed(self) -> None:
-        """Wait until containerd lists nothing, but for what it had forgotten itself; see `_left_behind`."""
-        began = time.monotonic()
-        while True:
-            tasks, containers = set(self._raw.tasks_by_id()), self._raw.container_ids()
-            waited = time.monotonic() - began
-            if not tasks and not containers:
-                return
-            # A task that was forgotten comes to light again when containerd is started again, without its container.
-            if waited > _GRACE and not containers and tasks <= self.ledger.cut_off():
-                self.forgotten += sorted(tasks)
-                self._raw.remove_everything()
-                return
-            assert waited < _PATIENCE, f"containerd lists the containers {containers} and the tasks {tasks}"
-            time.sleep(0.1)
+    def _listed(self) -> set[str]:
+        return {*self._raw.container_ids(), *self._raw.tasks_by_id()}
 
     def _bundles(self) -> list[str]:
         return os.listdir(self._state_dir) if self._state_dir.exists() else []
@@ -222,20 +208,13 @@ class Round:
         return found
 
     def _left_behind(self) -> list[str]:
-        """The shims that are left, but for a known defect of containerd 1.6.
-
-        A Create that is cut off by the death of containerd, of its caller or of the connection leaves, about once in eight
-        times, a shim that containerd has forgotten; and so, more rarely, does a Delete. No call reaches it any more. Only a
-        container that was being started or removed in a fault may have left one.
-        """
-        began = time.monotonic()
-        cut_off = self.ledger.cut_off()
-        while left := set(self._shims().values()):
-            if time.monotonic() - began > (_GRACE if left <= cut_off else _PATIENCE):
-                break
+        """The shims that are left, once the supervisor has had the time to find and end those that no call reaches."""
+        deadline = time.monotonic() + _PATIENCE
+        while (left := self._shims()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.forgotten += sorted(left & cut_off)
-        return [f"a shim is left of {job}" for job in sorted(left - cut_off)]
+        if listed := self._listed():
+            return [f"containerd lists {each} again" for each in sorted(listed)]
+        return [f"a shim is left of {job}" for job in sorted(left.values())]
 
 
 def _kill(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -189,3 +190,118 @@ def test_close_ends_the_waiting_for_remains(
     cut.set()
     with pytest.raises(SystemFailureError):
         making.answer()
+
+
+# -------------------------------------------------------------------------------------------------------- stand-ins
+
+
+def create_container(calls: Lease, cut: threading.Event | None = None, seconds: float = DEADLINE) -> None:
+    request = containers_pb2.CreateContainerRequest(container=containers_pb2.Container(id="web"))
+    cleanup.make_container(
+        calls, request, cut=cut or threading.Event(), doing="create", deadline=Deadline(seconds)
+    )
+
+
+def stand_in(age: float = 0.0) -> containers_pb2.Container:
+    made = containers_pb2.Container(id="web", labels={cleanup.STAND_IN_LABEL: "of somebody"})
+    made.created_at.seconds = int(time.time() - age)
+    return made
+
+
+def test_an_orphan_is_ended_and_its_stand_in_removed(server: Scripted, calls: Lease) -> None:
+    server.processes["web", ""] = ServedProcess(7, task_pb2.Status.RUNNING)
+    pids: list[int] = []
+
+    def is_ours(task: task_pb2.Process | None) -> bool:
+        assert task is not None
+        pids.append(task.pid)
+        return True
+
+    assert cleanup.end_orphan(calls, "web", is_ours, doing="end")
+    assert pids == [7]
+    assert server.processes == {}
+    assert server.containers == {}
+
+
+def test_a_shim_without_a_task_is_told_to_delete_it(server: Scripted, calls: Lease) -> None:
+    assert cleanup.end_orphan(calls, "web", lambda task: task is None, doing="end")
+    assert len(server.called("Tasks.Delete")) == 1
+    assert server.containers == {}
+
+
+def test_what_is_not_ours_is_left(server: Scripted, calls: Lease) -> None:
+    server.processes["web", ""] = ServedProcess(7, task_pb2.Status.RUNNING)
+    assert not cleanup.end_orphan(calls, "web", lambda task: False, doing="end")
+    assert list(server.processes) == [("web", "")]
+    assert server.containers == {}
+
+
+def test_the_task_of_a_container_is_no_orphan(server: Scripted, calls: Lease) -> None:
+    theirs = server.containers["web"] = containers_pb2.Container(id="web")
+    server.processes["web", ""] = ServedProcess(7, task_pb2.Status.RUNNING)
+    assert not cleanup.end_orphan(calls, "web", lambda task: True, doing="end")
+    assert server.containers == {"web": theirs}
+    assert list(server.processes) == [("web", "")]
+
+
+def test_a_stand_in_goes_although_the_answer_got_lost(server: Scripted, calls: Lease) -> None:
+    server.script("Containers.Create", lose(UNAVAILABLE))
+    with pytest.raises(UnavailableError):
+        cleanup.end_orphan(calls, "web", lambda task: True, doing="end")
+    assert server.containers == {}
+    assert server.called("Tasks.Delete") == []
+
+
+def test_a_container_is_made_when_the_stand_in_is_gone(server: Scripted, calls: Lease) -> None:
+    server.containers["web"] = stand_in()
+    making = Beside(lambda: create_container(calls))
+    server.wait_for("Containers.Create", 2)
+    assert cleanup.is_stand_in(server.containers["web"])
+    del server.containers["web"]
+    making.answer()
+    assert not cleanup.is_stand_in(server.containers["web"])
+
+
+def test_a_stand_in_that_was_forgotten_is_removed(server: Scripted, calls: Lease) -> None:
+    server.containers["web"] = stand_in(age=cleanup.STALE_SECONDS + 10)
+    create_container(calls)
+    assert not cleanup.is_stand_in(server.containers["web"])
+
+
+@pytest.mark.parametrize("unknown", [False, True], ids=["a container", "what cannot be asked for"])
+def test_a_container_in_the_way_is_told_at_once(server: Scripted, calls: Lease, unknown: bool) -> None:
+    server.containers["web"] = containers_pb2.Container(id="web")
+    if unknown:
+        server.script("Containers.Get", fail(UNAVAILABLE))
+    with pytest.raises(ConflictError):
+        create_container(calls)
+    assert len(server.called("Containers.Create")) == 1
+
+
+def test_a_container_that_went_away_between_is_made(server: Scripted, calls: Lease) -> None:
+    server.script("Containers.Create", fail(grpc.StatusCode.ALREADY_EXISTS))
+    create_container(calls)
+    assert list(server.containers) == ["web"]
+
+
+def test_close_ends_the_waiting_for_a_stand_in(server: Scripted, calls: Lease) -> None:
+    server.containers["web"] = stand_in()
+    cut = threading.Event()
+    making = Beside(lambda: create_container(calls, cut))
+    server.wait_for("Containers.Get")
+    cut.set()
+    with pytest.raises(ConflictError):
+        making.answer()
+
+
+def test_a_stand_in_that_stays_is_told_in_time(
+    server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "_STAND_IN_SECONDS", 0.2)
+    server.containers["web"] = stand_in()
+    with pytest.raises(ConflictError):
+        create_container(calls)
+
+
+def test_a_stand_in_without_a_time_is_not_old(server: Scripted) -> None:
+    assert not cleanup.is_stale(containers_pb2.Container(id="web"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from libcontainerd._events.delivery import Delivery
     from libcontainerd._events.serial import SerialQueue
+    from libcontainerd._events.strays import Strays
     from libcontainerd._records import Container, ContainerMap, Process
     from libcontainerd._wire.connection import Connection
 
@@ -68,9 +69,15 @@ class Patrol:
     """Compares a client's records with containerd, and has delivered what was missed. Thread-safe."""
 
     def __init__(
-        self, connection: Connection, containers: ContainerMap, delivery: Delivery, background: SerialQueue
+        self,
+        connection: Connection,
+        containers: ContainerMap,
+        delivery: Delivery,
+        background: SerialQueue,
+        strays: Strays,
     ) -> None:
         self._connection = connection
+        self._strays = strays
         self._containers = containers
         self._delivery = delivery
         self._background = background
@@ -149,9 +156,9 @@ class Patrol:
                 self._log.exception("patrol_failed")
 
     def look_round(self) -> None:
-        """Look once for exits whose events got lost; what looks like one is looked at twice."""
+        """Look once for exits whose events got lost, and for strays; what looks like an exit is looked at twice."""
         cases = self._cases()
-        tasks = self._ask_for_all() if cases else None
+        tasks = self._ask_for_all()
         if tasks is None:
             return
         suspects = [(case.container, each) for case in cases for each in self._suspects(case, tasks)]
@@ -212,10 +219,12 @@ class Patrol:
 
     def _ask_for_all(self) -> dict[str, task_pb2.Process] | None:
         try:
-            return catchup.ask_for_all(self._connection, Deadline(_LIST_SECONDS))
+            tasks = catchup.ask_for_all(self._connection, Deadline(_LIST_SECONDS))
         except LibcontainerdError as error:
             self._log.debug("not_answered", error=str(error))
             return None
+        self._strays.look(tasks)
+        return tasks
 
     def _is_well(self, case: _Case, task: task_pb2.Process | None) -> bool:
         """Whether init is there, frozen or not; if that has changed without an event, say so."""

@@ -10,6 +10,7 @@ from libcontainerd._bundle import Bundle
 from libcontainerd._events.delivery import Delivery
 from libcontainerd._events.patrol import Patrol
 from libcontainerd._events.serial import SerialQueue
+from libcontainerd._events.strays import Strays
 from libcontainerd._records import Container, ContainerMap, Process, SpecFacts, Step
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Connection
@@ -42,7 +43,8 @@ class Office:
         self.background = SerialQueue("background")
         self.events: list[tuple[EventType, EventInfo]] = []
         self.delivery = Delivery(self.connection, self.shelter, self.containers, self, self.background)
-        self.patrol = Patrol(self.connection, self.containers, self.delivery, self.background)
+        self.strays = Strays(self.connection, self.shelter, self.containers, self.background, str(directory))
+        self.patrol = Patrol(self.connection, self.containers, self.delivery, self.background, self.strays)
 
     def process_event(self, container_id: str, event: EventType, info: EventInfo, /) -> object:
         self.events.append((event, info))

@@ -25,8 +25,9 @@ from google.protobuf.message import Message
 
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.events import task_pb2 as task_events
-from libcontainerd._wire.pb.services import containers_pb2, events_pb2, tasks_pb2, version_pb2
+from libcontainerd._wire.pb.services import containers_pb2, events_pb2, sandbox_pb2, tasks_pb2, version_pb2
 from libcontainerd._wire.pb.types import event_pb2, task_pb2
+from libcontainerd._wire.pb.types import sandbox_pb2 as sandbox_types
 from libcontainerd._wire.pb.wellknown_pb2 import Empty, Timestamp
 from tests.unit.beside import DEADLINE, eventually
 
@@ -138,6 +139,7 @@ class Scripted:
     containers: dict[str, containers_pb2.Container] = field(default_factory=dict)
     processes: dict[tuple[str, str], Process] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    sandboxes: dict[str, sandbox_types.Sandbox] = field(default_factory=dict)
     services: tuple[str, ...] = ("containers", "tasks", "events", "version")
     namespace: str = "test"
 
@@ -174,6 +176,7 @@ class Scripted:
             "tasks": _Tasks(self),
             "events": _Events(self),
             "version": _Version(self),
+            "sandboxes": _Sandboxes(self),
         }
         handlers = tuple(servicers[name].generic_handler() for name in self.services)
         self._server.add_generic_rpc_handlers(handlers)
@@ -568,3 +571,16 @@ class _Version(version_pb2.VersionServicer):
 
     def Version(self, request: Empty, context: Context) -> version_pb2.VersionResponse:  # noqa: N802
         return version_pb2.VersionResponse(version="1.6.20", revision="scripted")
+
+
+class _Sandboxes(sandbox_pb2.StoreServicer):
+    def __init__(self, server: Scripted) -> None:
+        self._server = server
+
+    def Get(  # noqa: N802
+        self, request: sandbox_pb2.StoreGetRequest, context: Context
+    ) -> sandbox_pb2.StoreGetResponse:
+        found = self._server.sandboxes.get(request.sandbox_id)
+        if found is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"sandbox {request.sandbox_id}: not found")
+        return sandbox_pb2.StoreGetResponse(sandbox=found)

@@ -24,18 +24,21 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from libcontainerd import _cleanup as cleanup
+from libcontainerd._runtime import KEEP_LABEL
 from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Deadline
 from libcontainerd._wire.identifiers import is_identifier
 from libcontainerd._wire.pb.services import containers_pb2
 from libcontainerd._wire.shelter import Shelter
-from libcontainerd.errors import LibcontainerdError, NotFoundError
+from libcontainerd.errors import LibcontainerdError, NotFoundError, NotImplementedByServerError
 from libcontainerd.supervisor import claim
 
 if TYPE_CHECKING:
+    from libcontainerd._wire.shelter import Lease
     from libcontainerd.supervisor.child import Log
 
 _SECONDS: Final = 30.0
 _SOON_SECONDS: Final = 5.0
+_MOST_SECONDS: Final = 300.0
 _SHARE: Final = 100
 """One part in so many of the time, at most, goes into looking: a look costs a call per shim."""
 
@@ -99,9 +102,9 @@ def _shim(pid: int, address: str) -> Shim | None:
 class Sweeper:
     """Looks for orphaned shims of one containerd, soon after its starts and then seldom; a thread does it.
 
-    A shim is an orphan when containerd, asked in two looks some seconds apart, has no container of its id. A container is
-    there before its task and its shim are, and as long as they are of use, so no start, restoration or hung shim is taken for
-    one: none of them is without its container.
+    A shim is an orphan when containerd, asked in two looks some seconds apart, has neither a container nor a sandbox of its
+    id. That is there before the task and the shim are, and as long as they are of use, so no start, restoration or hung shim is
+    taken for one: none of them is without it.
 
     Args:
         address: containerd's socket.
@@ -157,7 +160,9 @@ class Sweeper:
                 except Exception as error:  # noqa: BLE001 - the thread outlives whatever one look brings
                     self._log.event("error", "orphans_not_looked_for", error=repr(error))
                 took = time.monotonic() - begun
-                pause = _SOON_SECONDS if self._suspects else max(_SECONDS, _SHARE * took)
+                pause = _SOON_SECONDS
+                if not self._suspects:
+                    pause = min(max(_SECONDS, _SHARE * took), _MOST_SECONDS)
         finally:
             self.close()
 
@@ -185,14 +190,13 @@ class Sweeper:
 
     def _is_orphan(self, shim: Shim) -> bool:
         doing = f"look for container {shim.container_id!r} of a shim"
+        deadline = Deadline(_ASK_SECONDS)
         request = containers_pb2.GetContainerRequest(id=shim.container_id)
         with self._shelter(shim.namespace).enter(doing) as calls:
             try:
-                found = calls.call(
-                    calls.containers.Get, request, doing=doing, deadline=Deadline(_ASK_SECONDS)
-                ).container
+                found = calls.call(calls.containers.Get, request, doing=doing, deadline=deadline).container
             except NotFoundError:
-                return True
+                return not _is_sandbox(calls, shim.container_id, doing, deadline)
         return cleanup.is_stand_in(found)
 
     def _shelter(self, namespace: str) -> Shelter:
@@ -223,6 +227,19 @@ class Sweeper:
         self._log.event(
             "warning", event, pid=shim.pid, namespace=shim.namespace, container=shim.container_id, **fields
         )
+
+
+def _is_sandbox(calls: Lease, sandbox_id: str, doing: str, deadline: Deadline) -> bool:
+    """Whether a shim is a sandbox's own, which has a record in another store than containers have (1.7 and later)."""
+    # For the rare shim that has no container.
+    from libcontainerd._wire.pb.services import sandbox_pb2  # noqa: PLC0415
+
+    request = sandbox_pb2.StoreGetRequest(sandbox_id=sandbox_id)
+    try:
+        found = calls.call(calls.sandboxes.Get, request, doing=doing, deadline=deadline).sandbox
+    except (NotFoundError, NotImplementedByServerError):
+        return False
+    return KEEP_LABEL not in found.labels  # else it is a container's, which is gone
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from libcontainerd._runtime import KEEP_LABEL
 from libcontainerd._wire.pb.services import containers_pb2
-from libcontainerd._wire.pb.types import task_pb2
+from libcontainerd._wire.pb.types import sandbox_pb2, task_pb2
 from libcontainerd.errors import LibcontainerdError
 from libcontainerd.supervisor import claim, orphans
 from libcontainerd.supervisor.orphans import Shim, Sweeper, shims_of
@@ -178,6 +179,27 @@ def test_a_shim_whose_container_is_there_is_left(server: Scripted, make: Make, s
         sweeper.look()
     assert shim.process.poll() is None
     assert server.called("Containers.Create") == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "left"),
+    [({}, True), ({KEEP_LABEL: "1"}, False), (None, False)],
+    ids=["a sandbox's own", "an ended container's record", "no record"],
+)
+def test_a_sandboxs_shim_is_left(
+    make: Make, log: Log, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str] | None, left: bool
+) -> None:
+    monkeypatch.setattr(orphans, "_END_SECONDS", 0.2)
+    with Scripted(services=("containers", "tasks", "sandboxes")) as server:
+        if labels is not None:
+            server.sandboxes["web"] = sandbox_pb2.Sandbox(sandbox_id="web", labels=labels)
+        shim = make(address=server.path)
+        shim.lose_bundle()
+        sweeper = Sweeper(server.path, log)  # type: ignore[arg-type] # as above
+        for _ in range(2):
+            sweeper.look()
+        sweeper.stop()
+    assert (shim.process.poll() is None) is left
 
 
 def test_a_container_that_comes_between_the_looks_keeps_its_shim(

@@ -19,9 +19,18 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from libcontainerd import Client, Remote, UnavailableError, oci
+from libcontainerd import Client, Remote, UnavailableError, cio, oci
 from libcontainerd.supervisor import orphans
-from tests.integration.containers import MakeSpec, Raw, alive, kill_shims, shims_of, stop, wait_until
+from tests.integration.containers import (
+    Collected,
+    MakeSpec,
+    Raw,
+    alive,
+    kill_shims,
+    shims_of,
+    stop,
+    wait_until,
+)
 
 _GRACE = 60.0
 
@@ -278,3 +287,25 @@ def test_what_is_of_use_is_left_alone(
             stop(client, name)
     ended = {each["container"] for each in logs if each["event"] == "orphan_ended"}
     assert ended <= {"a", "b"}
+
+
+@pytest.mark.usefixtures("never")
+def test_a_restore_ends_our_tasks_that_have_lost_their_container(
+    remote: Remote, namespace: str, raw: Raw, spec: MakeSpec
+) -> None:
+    with remote.new_client(namespace) as first:
+        first.create("ours", spec("sleep", "3600"))
+        first.start("ours", attach_stdio=Collected())
+        first.create("anybodys", spec("sleep", "3600"))
+        first.start("anybodys")  # without FIFOs
+    containers = {name: raw.container(name) for name in ("ours", "anybodys")}
+    for name in containers:
+        raw.delete_container(name)
+    with remote.new_client(namespace) as second:
+        assert second.restore_all(cio.null_io) == {}
+        wait_until(lambda: "ours" not in raw.tasks_by_id(), "ours is gone", _GRACE)
+        wait_until(lambda: not raw.container_ids(), "the stand-in is gone", _GRACE)
+        assert set(raw.tasks_by_id()) == {"anybodys"}
+    raw.create_container(containers["anybodys"])
+    raw.remove_everything()
+    wait_until(lambda: not shims_of(remote.address), "the shims have ended", _GRACE)

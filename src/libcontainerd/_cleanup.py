@@ -48,6 +48,7 @@ STALE_SECONDS: Final = 120.0
 
 _REMAINS_SECONDS: Final = 10.0
 _REMAINS: Final = re.compile(r"failed to start shim.*file exists")
+_EMPTY_SECONDS: Final = 3.0
 _EMPTY_SHIM: Final = re.compile(r"\bcontainer not created\b")
 _STAND_IN_SECONDS: Final = 30.0
 _STAND_IN_PAUSE_SECONDS: Final = 0.1
@@ -72,18 +73,23 @@ def make_task(
     """Have containerd make a task; again, for ten seconds, where the remains of an earlier one are still in its way.
 
     Those are the directory of a shim that containerd has not yet put away, and a task whose shim was killed: for up to two
-    seconds there is none of that name to be seen, and none to be made (seen on 1.6).
+    seconds there is none of that name to be seen, and none to be made (seen on 1.6). A shim that has no task for three seconds is
+    the rest of a start that was cut off, and is shut down.
 
     Raises:
         LibcontainerdError: it could not be made; at once when the client is closed.
     """
-    patience = deadline.at_most(_REMAINS_SECONDS)
+    patience, begun = deadline.at_most(_REMAINS_SECONDS), time.monotonic()
     for pause in _pauses():
         try:
             return calls.call(calls.tasks.Create, request, doing=doing, deadline=deadline)
         except (SystemFailureError, ConflictError) as error:
             late = patience.remaining() < pause
-            if late or not _in_the_way(calls, request, error, doing, deadline) or cut.wait(pause):
+            since = time.monotonic() - begun
+            remains = not late and _in_the_way(
+                calls, request, error, since=since, doing=doing, deadline=deadline
+            )
+            if not remains or cut.wait(pause):
                 raise
     raise AssertionError  # the pauses do not end
 
@@ -92,15 +98,22 @@ def _in_the_way(
     calls: Lease,
     request: tasks_pb2.CreateTaskRequest,
     error: SystemFailureError | ConflictError,
+    *,
+    since: float,
     doing: str,
     deadline: Deadline,
 ) -> bool:
+    """Whether it is remains that a start met, and perhaps not for the first time; what can be done about them is done."""
     if isinstance(error, SystemFailureError):
         return _REMAINS.search(str(error)) is not None
     look = tasks_pb2.GetRequest(container_id=request.container_id)
     try:
         calls.call(calls.tasks.Get, look, doing=doing, deadline=deadline)
-    except NotFoundError:
+    except NotFoundError as gone:
+        if is_empty_shim(gone) and since > _EMPTY_SECONDS:
+            deletion = tasks_pb2.DeleteTaskRequest(container_id=request.container_id)
+            with suppress(LibcontainerdError):
+                calls.call(calls.tasks.Delete, deletion, doing=doing, deadline=deadline)
         return True
     except LibcontainerdError:
         return False

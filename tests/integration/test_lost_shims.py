@@ -168,6 +168,19 @@ def test_a_deletion_ends_the_shim_that_a_cut_off_start_has_left(
     assert raw.container_ids() == set()
 
 
+@pytest.mark.usefixtures("never")
+def test_a_container_whose_start_was_cut_off_can_be_started(
+    remote: Remote, namespace: str, raw: Raw, spec: MakeSpec, runc: Runc
+) -> None:
+    with remote.new_client(namespace) as client:
+        client.create("web", spec("sh", "-c", "exit 3"), options_for(runc))
+        cut_off_a_start(remote, client, raw, runc, "web")
+        client.start("web")
+        assert client.wait("web", timeout=_GRACE).code == 3
+        client.delete_task("web")
+        client.delete("web")
+
+
 @pytest.mark.usefixtures("often")
 def test_a_shim_that_no_call_reaches_is_ended(
     remote: Remote, namespace: str, raw: Raw, spec: MakeSpec, runc: Runc

@@ -167,6 +167,21 @@ def test_another_failure_is_told_at_once(
     assert len(server.called("Tasks.Create")) == 1
 
 
+EMPTY_SHIM = fail(grpc.StatusCode.NOT_FOUND, "container not created: not found")
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["may be just being made", "is left"])
+def test_a_shim_without_a_task_is_shut_down_after_a_while(
+    server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    monkeypatch.setattr(cleanup, "_EMPTY_SECONDS", 3600.0 if at_once else 0.0)
+    server.containers["web"] = containers_pb2.Container(id="web")
+    server.script("Tasks.Create", TASK_IN_THE_WAY)
+    server.script("Tasks.Get", EMPTY_SHIM)
+    assert make_task(calls) > 0
+    assert len(server.called("Tasks.Delete")) == (0 if at_once else 1)
+
+
 def test_remains_that_stay_are_told_in_time(
     server: Scripted, calls: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,7 @@ def end_orphan(
     is_ours: Callable[[task_pb2.Process | None], bool],
     *,
     doing: str,
+    then: Callable[[], None] = lambda: None,
 ) -> bool:
     """End what containerd runs under an id of which it has no container, so that no call reaches it.
 
@@ -200,6 +201,7 @@ def end_orphan(
         container_id: The id.
         is_ours: Told what containerd says of the task, or None where there is none, says whether to end it.
         doing: For errors' messages.
+        then: Called when that is done, while nobody else can have the id.
 
     Returns:
         False where the id is somebody's, or what runs is not ours.
@@ -226,6 +228,7 @@ def end_orphan(
             return False
         init = Process(INIT_PROCESS_NAME)
         end_process(calls, Container(container_id), init, doing=doing, deadline=deadline)
+        then()
     except ConflictError:
         return False
     finally:

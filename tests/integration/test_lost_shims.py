@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -215,8 +216,8 @@ def test_a_process_that_no_call_reaches_is_ended(
 @pytest.fixture
 def lost(
     remote: Remote, namespace: str, directory: Path, containerd_binary: Path
-) -> Iterator[tuple[int, list[str]]]:
-    """A shim that was started as containerd does it, and whose bundle is gone: its pid, and its sockets."""
+) -> Iterator[tuple[int, str]]:
+    """A shim that was started as containerd does it, and whose bundle is gone: its pid, and its socket."""
     bundle = directory / "bundle"
     bundle.mkdir()
     (bundle / "config.json").write_text("{}")
@@ -236,27 +237,21 @@ def lost(
         )
         (made,) = shims_of(remote.address)
 
-        def logs() -> bool:
-            for each in Path(f"/proc/{made}/fd").iterdir():
-                with suppress(FileNotFoundError):
-                    if each.readlink() == log:
-                        return True
-            return False
-
-        wait_until(logs, "the shim is up", _GRACE)
-        sockets = [path for path, _ in orphans._sockets(made) if path.startswith("/")]
+        with socket.socket(socket.AF_UNIX) as connection:
+            ((path, _),) = orphans._sockets(made)
+            connection.connect(path)
+            wait_until(lambda: len(orphans._sockets(made)) == 2, "it takes connections", _GRACE)
         shutil.rmtree(bundle)
-        yield made, sockets
+        yield made, path
 
 
 @pytest.mark.usefixtures("often")
 def test_a_shim_that_containerd_does_not_know_is_killed_with_its_socket(
-    raw: Raw, lost: tuple[int, list[str]]
+    raw: Raw, lost: tuple[int, str]
 ) -> None:
-    pid, sockets = lost
-    assert sockets
+    pid, path = lost
     wait_until(lambda: not alive(pid), "the shim has ended", _GRACE)
-    wait_until(lambda: not any(map(os.path.exists, sockets)), "its socket is gone", _GRACE)
+    wait_until(lambda: not os.path.exists(path), "its socket is gone", _GRACE)
     wait_until(lambda: not raw.container_ids(), "the stand-in is gone", _GRACE)
 
 

@@ -178,7 +178,8 @@ class Sweeper:
             LibcontainerdError: containerd did not answer. Nothing is concluded from that.
         """
         shims = shims_of(self._address)
-        self._spared &= shims
+        self._let_go({shim.namespace for shim in shims})
+        self._spared = {shim for shim in self._spared & shims if not is_abandoned(shim)}
         orphans = {shim for shim in shims - self._spared if not self._stopped and self._is_orphan(shim)}
         again, self._suspects = orphans & self._suspects, orphans
         for shim in again:
@@ -199,6 +200,11 @@ class Sweeper:
                 return not _is_sandbox(calls, shim.container_id, doing, deadline)
         return cleanup.is_stand_in(found)
 
+    def _let_go(self, namespaces: set[str]) -> None:
+        """Close the channels of the other namespaces: there may come many, one after the other."""
+        for namespace in self._shelters.keys() - namespaces:
+            self._shelters.pop(namespace).close()
+
     def _shelter(self, namespace: str) -> Shelter:
         if namespace not in self._shelters:
             address = Address(self._address, with_credentials=False)
@@ -210,18 +216,23 @@ class Sweeper:
         with _process(shim) as process:
             if process is None:
                 return
+            how = ""
+
+            def finish() -> None:
+                nonlocal how
+                if _has_ended(process, _END_SECONDS):
+                    how = "containerd"
+                elif is_abandoned(shim):
+                    _kill(shim, process)
+                    how = "signal"
+                else:  # other containers', say, that share it
+                    self._spared.add(shim)
+
             doing = f"end the orphaned shim of {shim.container_id!r}"
             with self._shelter(shim.namespace).enter(doing) as calls:
-                if not cleanup.end_orphan(calls, shim.container_id, lambda _: True, doing=doing):
-                    return  # somebody has made a container of its id meanwhile
-            how = "containerd"
-            if not _has_ended(process, _END_SECONDS):
-                if not is_abandoned(shim):
-                    self._spared.add(shim)  # other containers', say, that share it
-                    return
-                how = "signal"
-                _kill(shim, process)
-        self._tell("orphan_ended", shim, by=how)
+                cleanup.end_orphan(calls, shim.container_id, lambda _: True, doing=doing, then=finish)
+        if how:
+            self._tell("orphan_ended", shim, by=how)
 
     def _tell(self, event: str, shim: Shim, **fields: str) -> None:
         self._log.event(

@@ -233,6 +233,49 @@ def test_a_shim_that_others_may_share_is_spared(
     assert log.events == []
 
 
+def test_one_that_was_spared_is_ended_when_everybody_has_left_it(
+    server: Scripted, make: Make, sweeper: Sweeper, log: Log
+) -> None:
+    shim = make()
+    for _ in range(3):
+        sweeper.look()
+    assert shim.process.poll() is None
+    shim.lose_bundle()
+    for _ in range(2):
+        sweeper.look()
+    assert shim.process.wait(30) == -9
+    assert log.names() == ["orphan_ended"]
+
+
+def test_it_is_killed_while_nobody_can_have_its_id(
+    server: Scripted, make: Make, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = make()
+    shim.lose_bundle()
+    kill = orphans._kill
+    there: list[bool] = []
+
+    def watched(killed: Shim, process: int) -> None:
+        there.append("web" in server.containers)
+        kill(killed, process)
+
+    monkeypatch.setattr(orphans, "_kill", watched)
+    for _ in range(2):
+        sweeper.look()
+    assert shim.process.wait(30) == -9
+    assert there == [True]
+
+
+def test_channels_of_namespaces_without_shims_are_closed(make: Make, sweeper: Sweeper) -> None:
+    shim = make()
+    sweeper.look()
+    (shelter,) = sweeper._shelters.values()
+    shim.close()
+    sweeper.look()
+    assert shelter.closed
+    assert sweeper._shelters == {}
+
+
 def test_another_process_of_that_pid_is_not_touched(
     server: Scripted, make: Make, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

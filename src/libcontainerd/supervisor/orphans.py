@@ -43,7 +43,7 @@ _SHARE: Final = 100
 """One part in so many of the time, at most, goes into looking: a look costs a call per shim."""
 
 _ASK_SECONDS: Final = 10.0
-_END_SECONDS: Final = 5.0
+_END_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 5.0
 
 _ACTIONS: Final = ("start", "delete")

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = 30.0
 _SOON_SECONDS: Final = 5.0
-_MOST_SECONDS: Final = 300.0
-_SHARE: Final = 100
+_MOST_SECONDS: Final = 60.0
+_SHARE: Final = 20
 """One part in so many of the time, at most, goes into looking: a look costs a call per shim."""
 
 _ASK_SECONDS: Final = 10.0

@@ -47,7 +47,11 @@ STALE_SECONDS: Final = 120.0
 """The age from which on a stand-in has nobody any more who would remove it: more than twice what its maker may take."""
 
 _REMAINS_SECONDS: Final = 10.0
-_REMAINS: Final = re.compile(r"failed to start shim.*file exists")
+_REMAINS: Final = re.compile(
+    r"failed to start shim.*file exists|mkdir \S*/io\.containerd\.runtime\.v2\.task/\S+: file exists"
+)
+"""In the words of 1.6 and 1.7, and of 2.1."""
+
 _EMPTY_SECONDS: Final = 3.0
 _EMPTY_SHIM: Final = re.compile(r"\bcontainer not created\b")
 _STAND_IN_SECONDS: Final = 30.0

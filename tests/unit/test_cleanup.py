@@ -124,6 +124,10 @@ SHIM_IN_THE_WAY = fail(
     grpc.StatusCode.UNKNOWN,
     "failed to start shim: mkdir /run/containerd/io.containerd.runtime.v2.task/test/web: file exists: unknown",
 )
+BUNDLE_IN_THE_WAY = fail(
+    grpc.StatusCode.UNKNOWN,
+    "mkdir /run/containerd/io.containerd.runtime.v2.task/test/web: file exists",
+)
 TASK_IN_THE_WAY = fail(grpc.StatusCode.ALREADY_EXISTS, "task web: already exists")
 
 
@@ -134,7 +138,11 @@ def make_task(calls: Lease, cut: threading.Event | None = None, seconds: float =
     ).pid
 
 
-@pytest.mark.parametrize("remains", [SHIM_IN_THE_WAY, TASK_IN_THE_WAY], ids=["a directory", "an unseen task"])
+@pytest.mark.parametrize(
+    "remains",
+    [SHIM_IN_THE_WAY, BUNDLE_IN_THE_WAY, TASK_IN_THE_WAY],
+    ids=["a directory", "a directory in 2.1's words", "an unseen task"],
+)
 def test_a_task_is_made_when_the_remains_of_an_earlier_one_are_gone(
     server: Scripted, calls: Lease, remains: Scripting
 ) -> None:

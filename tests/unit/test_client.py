@@ -1499,7 +1499,7 @@ def test_a_wait_is_over_in_time_also_when_containerd_hangs(
     started(client)
     held = Held()
     server.script("Tasks.Get", held)
-    waiting = Beside(lambda: client.wait("web", timeout=0.3))
+    waiting = Beside(lambda: client.wait("web", timeout=1.0))
     assert held.begun.wait(DEADLINE)
     with pytest.raises(DeadlineExceededError, match="has not ended in time"):
         waiting.answer(delivery._ASK_SECONDS / 2)

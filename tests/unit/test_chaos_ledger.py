@@ -554,6 +554,39 @@ def test_a_start_that_is_begun_anew_and_writes_otherwise_is_a_problem(
     assert said in case.problems()[0]
 
 
+NOT_BEGUN = "write exec fifo /proc/self/fd/5: broken pipe\n"
+
+
+def test_a_start_that_was_given_up_says_that_it_was_not_told_to_begin(case: Case) -> None:
+    case.ledger.fault("containerd")
+    case.wrote(NOT_BEGUN)
+    case.started(attempt=2)
+    case.wrote(PROGRAM.text, attempt=2)
+    case.exit(3)
+    assert case.problems() == []
+
+
+def test_a_start_that_was_answered_does_not_say_so(case: Case) -> None:
+    case.ledger.fault("containerd")
+    case.started()
+    case.ledger.killed("a", None)
+    case.wrote(NOT_BEGUN)
+    case.exit(137)
+    assert "a: output of attempt 1: 45 of 8" in case.problems()[0]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_start_that_a_dead_runner_left_says_so_to_the_next_one(case: Case, answered: bool) -> None:
+    if answered:
+        case.started()
+        case.ledger.killed("a", None)
+    case.next_life()
+    case.restored()
+    case.wrote(NOT_BEGUN)
+    case.exit(137)
+    assert [each[:26] for each in case.problems()] == (["a: output in life 1 has ga"] if answered else [])
+
+
 @pytest.mark.parametrize(("text", "right"), [("one\nt", True), ("one\ntw\n", False), ("ne", False)])
 def test_a_start_that_failed_has_written_a_beginning(case: Case, text: str, right: bool) -> None:
     case.ledger.fault("containerd")

@@ -21,7 +21,13 @@ KILLED: Final = 137
 UNKNOWN: Final = 255
 
 _OUTAGE: Final = 10.0
-"""Seconds after a fault in which somebody may still be without events, or be looking for what it missed."""
+"""Seconds after the first answer of containerd since a fault in which somebody may still be looking for what it missed."""
+
+_IN_FLIGHT: Final = 1.0
+"""Seconds after a fault in which an answer may be one of before."""
+
+_DEATH: Final = 30.0
+"""Seconds in which containerd finds out that a shim is dead and tells of it: two, on a machine with time for it."""
 
 _TOGETHER: Final = 2.0
 """Seconds that the ends of a container's processes may be apart, as their shim notes them, when init's end ends them all."""
@@ -53,11 +59,19 @@ class Exit:
 
 @dataclass
 class Outage:
-    """A time in which somebody may have missed something; its end is infinite while no runner is ready."""
+    """A time in which somebody may have missed something.
+
+    Attributes:
+        begin: The first fault.
+        last: The last one that met it.
+        end: Infinite until the runner is ready and containerd has answered it.
+        kinds: What was hit.
+    """
 
     begin: float
-    end: float
+    last: float
     kinds: set[str]
+    end: float = math.inf
 
     def meets(self, begin: float, end: float) -> bool:
         """Whether it has a moment in common with another time."""
@@ -167,7 +181,7 @@ class Expected:
                 right.add(
                     KILLED
                 )  # which is what containerd says of init, once, and then knows of the task no more:
-                if any(each.meets(at, at + _OUTAGE) for each in ledger.outages):
+                if any(each.meets(at, min(exit_.at, at + _DEATH)) for each in ledger.outages):
                     right.add(UNKNOWN)  # who was not listening then cannot find out
         if ledger.forgets_the_ended and self._may_be_forgotten(exit_, ledger):
             right.add(UNKNOWN)
@@ -187,7 +201,7 @@ class Expected:
         if self.init is None:
             return bool(outages)
         ends = [each.at for each in self.init.exits]
-        return any(one.meets(at, at + _OUTAGE) for one in outages for at in ends)
+        return any(one.meets(at, exit_.at) for one in outages for at in ends)
 
     def _output_problems(self, ledger: Ledger) -> list[str]:
         """What was written before the exit is there, as far as the reader lived."""
@@ -313,13 +327,18 @@ class Ledger:
                 one.asked = False
 
     def _outage(self, kind: str) -> None:
-        begin = self._clock()
-        end = begin + _OUTAGE if self.ready else math.inf
-        if self.outages and begin <= self.outages[-1].end:
-            self.outages[-1].end = end
+        now = self._clock()
+        if self.outages and now <= self.outages[-1].end:
+            self.outages[-1].last, self.outages[-1].end = now, math.inf
             self.outages[-1].kinds.add(kind)
         else:
-            self.outages.append(Outage(begin, end, {kind}))
+            self.outages.append(Outage(now, now, {kind}))
+
+    def _containerd_has_answered(self) -> None:
+        """Set the end of an outage."""
+        now = self._clock()
+        if self.ready and self.outages and now > self.outages[-1].last + _IN_FLIGHT:
+            self.outages[-1].end = min(self.outages[-1].end, now + _OUTAGE)
 
     def _note(self, what: str) -> None:
         self._history.append(f"{datetime.now(UTC):%H:%M:%S.%f} {what}")
@@ -341,6 +360,8 @@ class Ledger:
             if line.get("event") in ("started", "restored", "exit", "removed"):
                 self._said[json.dumps(line)] += 1
             self._told(life, line)
+            if life == self.life and line.get("event") in ("started", "removed", "ready"):
+                self._containerd_has_answered()
             self.changed.notify_all()
 
     def _told(self, life: int, line: Line) -> None:
@@ -349,8 +370,6 @@ class Ledger:
             case {"event": "ready"}:
                 self.ready = now
                 self.ready_at[life] = self._clock()
-                if now and self.outages:
-                    self.outages[-1].end = min(self.outages[-1].end, self._clock() + _OUTAGE)
             case {"event": "started", "job": str(job), "step": str() | None as step, "pid": int(pid)}:
                 one = self._latest[job, step]
                 one.pids.add(pid)

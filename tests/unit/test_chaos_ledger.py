@@ -61,6 +61,11 @@ class Case:
     def removed(self) -> None:
         self.tell({"event": "removed", "job": "a"})
 
+    def back(self) -> None:
+        """Have containerd answer the runner: a job of before is gone."""
+        self.after(2)
+        self.tell({"event": "removed", "job": "before"})
+
     def ready(self) -> None:
         self.say({"event": "ready"})
 
@@ -353,12 +358,34 @@ def test_the_end_of_a_killed_shim_is_unknown_where_it_falls_into_an_outage(case:
 def test_the_end_of_a_killed_shim_is_known_where_an_outage_is_long_over_or_comes_late(case: Case) -> None:
     case.started()
     case.ledger.fault("connection")
-    case.after(30)
+    case.back()
+    case.after(20)
     case.ledger.shim_killed("a")
-    case.after(30)
+    case.after(40)
     case.ledger.fault("connection")
     case.exit(255)
     assert case.problems() == ["a: run 7: ended with 255, which is none of [3, 137]"]
+
+
+def test_the_end_of_a_killed_shim_is_known_where_the_outage_comes_after_it_was_told(case: Case) -> None:
+    case.started()
+    case.ledger.shim_killed("a")
+    case.after(2)
+    case.exit(255)
+    case.after(1)
+    case.ledger.fault("connection")
+    assert case.problems() == ["a: run 7: ended with 255, which is none of [3, 137]"]
+
+
+def test_an_outage_lasts_until_containerd_answers(case: Case) -> None:
+    case.started()
+    case.ledger.fault("containerd")
+    case.after(0.5)
+    case.tell({"event": "removed", "job": "before"})  # as it had been told when the fault came
+    case.after(60)
+    case.ledger.shim_killed("a")
+    case.exit(255)
+    assert case.problems() == []
 
 
 def test_an_outage_lasts_until_the_next_runner_is_ready(case: Case) -> None:
@@ -410,6 +437,7 @@ def test_an_init_that_ended_around_an_outage_of_a_later_containerd_is_forgotten(
 def test_it_is_not_forgotten_otherwise(later: Case, kind: str, seconds: float) -> None:
     later.started()
     later.ledger.fault(kind)
+    later.back()
     later.after(seconds)
     later.exit(255)
     assert later.problems() == ["a: run 7: ended with 255, which is none of [3]"]
@@ -429,7 +457,7 @@ def test_a_step_is_not_forgotten_while_its_init_lives(later: Case) -> None:
     later.started()
     later.step()
     later.ledger.fault("containerd")
-    later.after(3)
+    later.back()
     later.exit(255, "s", EXEC)
     later.after(60)
     later.wrote(PROGRAM.text)
@@ -717,6 +745,7 @@ def test_an_outage_is_over_when_the_next_runner_has_been_ready_for_a_while(case:
     case.started()
     case.next_life()
     case.restored()
+    case.back()
     case.after(30)
     case.ledger.shim_killed("a")
     case.exit(255)

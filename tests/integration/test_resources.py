@@ -193,7 +193,11 @@ def test_the_summary_names_what_we_started_and_shows_the_rest(client: Client, sp
         }
         assert len(children) == 3
         assert sorted(named) == sorted(client.list_pids("c"))
-        assert {_command(each) for each in children} == {"sleep 1001", "sleep 1002", "sleep 1003"}
+        sleeping = {"sleep 1001", "sleep 1002", "sleep 1003"}
+        # The shell goes on as soon as it has forked, and what it forked is a shell for a moment more.
+        wait_until(
+            lambda: {_command(each) for each in children} == sleeping, "they have become what they are"
+        )
 
         client.signal_process("c", "parent", 9)
         client.wait("c", "parent", timeout=40)

@@ -210,11 +210,14 @@ class Round:
     def _left_behind(self) -> list[str]:
         """The shims that are left, once the supervisor has had the time to find and end those that no call reaches."""
         deadline = time.monotonic() + _PATIENCE
-        while (left := self._shims()) and time.monotonic() < deadline:
+        while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if listed := self._listed():
-            return [f"containerd lists {each} again" for each in sorted(listed)]
-        return [f"a shim is left of {job}" for job in sorted(left.values())]
+        return left
+
+    def _left(self) -> list[str]:
+        # While a shim is being ended, containerd has a container of its id, for a moment longer than the shim.
+        shims = [f"a shim is left of {job}" for job in sorted(self._shims().values())]
+        return shims or [f"containerd lists {each} again" for each in sorted(self._listed())]
 
 
 def _kill(pid: int) -> None:

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 from benchmarks import logs
@@ -30,6 +32,8 @@ REAL_NUMBERS = (10, 50, 100, 200)
 
 _CALLS = 400
 _CYCLES = 30
+_REPETITIONS = 5
+"""Of which the median counts: the garbage collector, or the machine, falls into one or the other."""
 _EVENTS = 15_000
 _IDLE_SECONDS = 3.0
 _ATTACHED = 1000
@@ -114,10 +118,15 @@ class Crowd:
         return figures | {"idle_cpu": idle["cpu"] / idle["wall"]}
 
     def _per_call(self, name: str, call: Callable[[str], object]) -> Figures:
-        with timed() as told:
-            for number in range(_CALLS):
-                call(f"b{number % self._size}")
-        return {f"{name}_cpu": told["cpu"] / _CALLS, f"{name}_wall": told["wall"] / _CALLS}
+        measured = []
+        for _ in range(_REPETITIONS):
+            with timed() as told:
+                for number in range(_CALLS):
+                    call(f"b{number % self._size}")
+            measured.append(told)
+        return {
+            f"{name}_{kind}": median(told[kind] for told in measured) / _CALLS for kind in ("cpu", "wall")
+        }
 
     def _cycles(self) -> Figures:
         """Containers that come and go beside the others."""
@@ -128,13 +137,15 @@ class Crowd:
             "delete_task": lambda name: (self._client.wait(name), self._client.delete_task(name)),
             "delete": self._client.delete,
         }
-        figures: Figures = {}
-        for verb, act in verbs.items():
-            with timed() as told:
-                for number in range(_CYCLES):
-                    act(f"x{number}")
-            figures |= {f"{verb}_cpu": told["cpu"] / _CYCLES, f"{verb}_wall": told["wall"] / _CYCLES}
-        return figures
+        measured: dict[str, list[float]] = defaultdict(list)
+        for _ in range(_REPETITIONS):
+            for verb, act in verbs.items():
+                with timed() as told:
+                    for number in range(_CYCLES):
+                        act(f"x{number}")
+                measured[f"{verb}_cpu"].append(told["cpu"] / _CYCLES)
+                measured[f"{verb}_wall"].append(told["wall"] / _CYCLES)
+        return {name: median(values) for name, values in measured.items()}
 
     def _events(self, fake: Fake) -> Figures:
         everything = threading.Event()

@@ -24,7 +24,6 @@ from libcontainerd.errors import (
     UnavailableError,
 )
 from libcontainerd.remote import Remote
-from libcontainerd.stats import Stats, Usage
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
     Backend,
@@ -38,9 +37,8 @@ from libcontainerd.types import (
 )
 
 if _typing.TYPE_CHECKING:
-    from types import ModuleType
-
     from libcontainerd import oci
+    from libcontainerd.stats import Stats, Usage
 
 __all__ = [
     "INIT_PROCESS_NAME",
@@ -73,10 +71,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import `oci` when it is first asked for: its models cost more than the rest together."""
-    if name == "oci":
-        from importlib import import_module  # noqa: PLC0415 - only for whoever asks for oci
+_LATE: _typing.Final = {"Stats": "libcontainerd.stats", "Usage": "libcontainerd.stats"}
+"""Names that few ask for, and where they are."""
 
+
+def __getattr__(name: str) -> object:
+    """Import `oci` when it is first asked for: its models cost more than the rest together; and what else can wait."""
+    from importlib import import_module  # noqa: PLC0415 - only for whoever asks for these
+
+    if name == "oci":
         return import_module("libcontainerd.oci")
+    if name in _LATE:
+        value: object = getattr(import_module(_LATE[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'libcontainerd' has no attribute {name!r}")

@@ -346,6 +346,39 @@ def _kill(calls: Lease, container: Container, process: Process, *, doing: str, d
             calls.call(calls.tasks.Wait, wait, doing=doing, deadline=deadline.at_most(_DEATH_SECONDS))
 
 
+def delete_ended_execs(
+    calls: Lease, container: Container, *, doing: str, deadline: Deadline, patience: float
+) -> bool:
+    """Have containerd delete the execs that have ended, before their task: with it the shim ends, which may hold what they wrote.
+
+    The shim moves output on threads of their own, which a busy machine can keep from it while it tells of the exit. It waits
+    for them in the deletion of the process concerned, and of no other.
+
+    Args:
+        calls: For the deletions.
+        container: Whose execs.
+        doing: For the error's message.
+        deadline: For the calls.
+        patience: Seconds to wait for another thread that is at one.
+
+    Returns:
+        Whether there were any.
+
+    Raises:
+        LibcontainerdError: that failed. That one is deleted already is no error.
+    """
+    ended = container.ended_execs()
+    for process in ended:
+        # Nobody is at it where the backend is still busy with its exit; who comes after it sees that it is gone.
+        if container.claim_removal(process, patience):
+            try:
+                with suppress(NotFoundError, FailedPreconditionError):
+                    delete_process(calls, container, process, doing=doing, deadline=deadline)
+            finally:
+                container.release_removal(process)
+    return bool(ended)
+
+
 def delete_process(
     calls: Lease, container: Container, process: Process, *, doing: str, deadline: Deadline
 ) -> tasks_pb2.DeleteResponse:

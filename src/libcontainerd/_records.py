@@ -618,6 +618,11 @@ class Container:
         """The execs whose exits are not known."""
         return [process for process in self.running() if process.id != INIT_PROCESS_NAME]
 
+    def ended_execs(self) -> list[Process]:
+        """The execs whose exits are known, and which are not removed yet."""
+        with self.changed:
+            return [each for each in self.execs.values() if each.exit is not None]
+
     def wait_execs(self, timeout: float, stop: Callable[[], bool]) -> None:
         """Wait until the exits of all execs are known, the time is up, or `stop` says so."""
         with self.changed:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from libcontainerd import _cleanup as cleanup
 from libcontainerd import _keeping as keeping
-from libcontainerd._checkpoint import surveyed, with_criu_log
 from libcontainerd._records import Step
 from libcontainerd._runtime import task_options
 from libcontainerd._wire import typeurl
@@ -51,7 +50,7 @@ class Starter:
         shelter: Shelter,
         containers: ContainerMap,
         stdin: StdinCloser,
-        checkpoints: Checkpoints,
+        checkpoints: Callable[[], Checkpoints],
         cut: threading.Event,
     ) -> None:
         self._shelter = shelter
@@ -74,12 +73,16 @@ class Starter:
         container = self._containers.get(container_id, doing)
         facts = container.facts
         terminal = facts.terminal
-        saved = None if checkpoint_dir is None else surveyed(checkpoint_dir, doing)
+        saved = None
+        if checkpoint_dir is not None:
+            from libcontainerd._checkpoint import surveyed  # noqa: PLC0415 # for the few who restore one
+
+            saved = surveyed(checkpoint_dir, doing)
         with ExitStack() as stack:
             calls, task = stack.enter_context(self._making(container, container.reserve_task, doing))
             checkpoint = None
             if saved is not None:
-                checkpoint = stack.enter_context(self._checkpoints.uploaded(calls, saved, doing, deadline))
+                checkpoint = stack.enter_context(self._checkpoints().uploaded(calls, saved, doing, deadline))
             attached = self._attach(
                 container, task, with_stdin=with_stdin, terminal=terminal, attach_stdio=attach_stdio
             )
@@ -226,6 +229,8 @@ def _criu_says_why(restoring: bool) -> Iterator[None]:
     except LibcontainerdError as error:
         if not restoring:
             raise
+        from libcontainerd._checkpoint import with_criu_log  # noqa: PLC0415
+
         raise with_criu_log(error) from error
 
 

@@ -15,13 +15,13 @@ import time
 import weakref
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
 from libcontainerd import _cleanup as cleanup
 from libcontainerd._bundle import state_directory
-from libcontainerd._checkpoint import Checkpoints
 from libcontainerd._creating import Creator
 from libcontainerd._events import catchup
 from libcontainerd._events.delivery import Delivery
@@ -51,7 +51,6 @@ from libcontainerd.errors import (
     NotFoundError,
     SystemFailureError,
 )
-from libcontainerd.stats import Stats, read_stats
 from libcontainerd.types import (
     INIT_PROCESS_NAME,
     ExitStatus,
@@ -69,13 +68,18 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from libcontainerd import oci
+    from libcontainerd._checkpoint import Checkpoints
     from libcontainerd._restore import AttachExecStdio
     from libcontainerd.cio import AttachStdio
+    from libcontainerd.stats import Stats
     from libcontainerd.types import Backend
 
 _CONNECT_SECONDS: Final = 10.0
 _DELETE_RESERVE_SECONDS: Final = 15.0
 """What is kept of a deletion's deadline for containerd, whose shim may wait 10 s for output of its own."""
+
+_LATE_EXECS_SECONDS: Final = 1.0
+"""In which the exits of execs follow that of their init, which ends them."""
 
 _JOIN_SECONDS: Final = 1.0
 _WIND_UP_SECONDS: Final = 1.0
@@ -175,8 +179,9 @@ class Client:
             end_task=self._end_task,
             cut=self._cut,
         )
-        self._checkpoints = Checkpoints(self._connection, self._shelter)
-        self._starter = Starter(self._shelter, self._containers, self._stdin, self._checkpoints, self._cut)
+        self._starter = Starter(
+            self._shelter, self._containers, self._stdin, lambda: self._checkpoints, self._cut
+        )
         self._delivery = Delivery(
             self._connection, self._shelter, self._containers, backend, self._background
         )
@@ -227,6 +232,13 @@ class Client:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closing.is_set()
+
+    @cached_property
+    def _checkpoints(self) -> Checkpoints:
+        # What few use is imported when it is used.
+        from libcontainerd._checkpoint import Checkpoints  # noqa: PLC0415
+
+        return Checkpoints(self._connection, self._shelter)
 
     # ------------------------------------------------------------------------------------------------- containers
 
@@ -643,6 +655,8 @@ class Client:
             NotFoundError: no such container, or it has no task.
             SystemFailureError: containerd has no metrics of it, or they cannot be read.
         """
+        from libcontainerd.stats import read_stats  # noqa: PLC0415
+
         # The quotes are for the filter: an id can have signs that it would take for its own.
         request = tasks_pb2.MetricsRequest(filters=[f'id=="{container_id}"'])
         verb = "read the metrics of"
@@ -661,6 +675,8 @@ class Client:
         Raises:
             SystemFailureError: what containerd tells cannot be read.
         """
+        from libcontainerd.stats import read_stats  # noqa: PLC0415
+
         deadline = self._deadline(timeout)
         answer = self._connection.call(
             self._connection.tasks.Metrics,
@@ -823,16 +839,20 @@ class Client:
             if task.exit is not None and container.is_gone(task):
                 return task.exit
             raise DeadlineExceededError(f"cannot {doing}: another call is deleting it")
+        had_execs = False
         try:
             if task.exit is None and not self._delivery.ask(container, task, deadline):
                 raise FailedPreconditionError(f"cannot {doing}: it has not ended; signal it and wait first")
+            container.wait_execs(min(_LATE_EXECS_SECONDS, deadline.remaining()), self._cut.is_set)
             for attached in container.attached():
                 attached.process_ended()
-            left = deadline.remaining()
-            limit = left - min(_DELETE_RESERVE_SECONDS, left / 3)
-            drained = self._delivery.drain(container, container.attached(), limit)
+            drained = self._delivery.drain(container, container.attached(), _before_the_shim(deadline))
             try:
                 with self._shelter.enter(doing) as calls:
+                    patience = _finite(_before_the_shim(deadline))
+                    had_execs = cleanup.delete_ended_execs(
+                        calls, container, doing=doing, deadline=deadline, patience=patience
+                    )
                     answer = cleanup.delete_process(calls, container, task, doing=doing, deadline=deadline)
                 container.note_exit(task, catchup.exit_status(answer.exit_status, answer.exited_at))
             except NotFoundError:
@@ -843,6 +863,9 @@ class Client:
         try:
             # The exit's event is before the deletion's answer in time, but comes on another stream.
             self._delivery.settle(container, task)
+            if had_execs and drained:
+                # What their deletions have brought is read before this returns, like the task's own.
+                self._delivery.drain(container, container.attached(), deadline.remaining())
             self._delivery.finish(container, task, drained=drained)
         finally:
             container.forget(task)
@@ -919,6 +942,12 @@ def _left(deadline: Deadline, doing: str) -> float:
     if seconds <= 0:
         raise DeadlineExceededError(f"cannot {doing}: the deadline has passed")
     return seconds
+
+
+def _before_the_shim(deadline: Deadline) -> float:
+    """The seconds of a deletion's deadline that may go by before containerd is asked, which is then left some."""
+    left = deadline.remaining()
+    return left - min(_DELETE_RESERVE_SECONDS, left / 3)
 
 
 def _finite(seconds: float) -> float:

@@ -15,6 +15,7 @@ from typing import Protocol
 import grpc
 
 from libcontainerd import Client, ExitStatus, NotFoundError, Remote, cio, oci
+from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import NAMESPACE_HEADER
 from libcontainerd._wire.pb.services import containers_pb2, tasks_pb2
 from libcontainerd._wire.pb.types import task_pb2
@@ -82,6 +83,23 @@ class Raw:
     def start_task(self, container_id: str) -> None:
         request = tasks_pb2.StartRequest(container_id=container_id)
         self.tasks.Start(request, metadata=self.metadata, timeout=_RAW_SECONDS)
+
+    def exec(self, container_id: str, exec_id: str, process: oci.Process, stdout: str, stderr: str) -> None:
+        """Start an exec with FIFOs of the test's own."""
+        request = tasks_pb2.ExecProcessRequest(
+            container_id=container_id,
+            exec_id=exec_id,
+            stdout=stdout,
+            stderr=stderr,
+            spec=typeurl.pack_json(typeurl.PROCESS_URL, oci.dump(process)),
+        )
+        self.tasks.Exec(request, metadata=self.metadata, timeout=_RAW_SECONDS)
+        start = tasks_pb2.StartRequest(container_id=container_id, exec_id=exec_id)
+        self.tasks.Start(start, metadata=self.metadata, timeout=_RAW_SECONDS)
+
+    def delete_exec(self, container_id: str, exec_id: str) -> None:
+        request = tasks_pb2.DeleteProcessRequest(container_id=container_id, exec_id=exec_id)
+        self.tasks.DeleteProcess(request, metadata=self.metadata, timeout=_RAW_SECONDS)
 
     def delete_task(self, container_id: str) -> None:
         request = tasks_pb2.DeleteTaskRequest(container_id=container_id)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import grpc
@@ -16,12 +19,14 @@ from libcontainerd import Client, DeadlineExceededError, InvalidParameterError, 
 from libcontainerd._wire.connection import NAMESPACE_HEADER
 from libcontainerd._wire.pb.services.events_pb2 import EventsStub, PublishRequest, SubscribeRequest
 from libcontainerd._wire.pb.services.version_pb2 import VersionStub
+from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd._wire.pb.types.event_pb2 import Envelope
 from libcontainerd._wire.pb.wellknown_pb2 import Any, Empty
 from libcontainerd.backends import RecordingBackend
 from tests.integration.containers import (
     Collected,
     MakeSpec,
+    Raw,
     alive,
     exit_of,
     process,
@@ -113,3 +118,54 @@ def test_stdio_outlives_the_deadline_of_its_start(client: Client, spec: MakeSpec
     assert client.wait("c").code == 0
     client.delete_task("c")
     client.delete("c")
+
+
+@pytest.mark.parametrize("first", ["the exec", "the task"])
+def test_a_shim_gives_up_what_an_exec_wrote_when_its_task_is_deleted(
+    remote: Remote, client: Client, namespace: str, spec: MakeSpec, tmp_path: Path, *, first: str
+) -> None:
+    """What is still on its way through the shim is waited for in the deletion of the process concerned, and of no other.
+
+    So `delete_task` has ended execs deleted before their task.
+    """
+    size = 120_000  # more than a FIFO holds, and less than it holds together with the shim and a pipe
+    client.create("c", spec(*SLEEP))
+    client.start("c")
+    paths = [tmp_path / "stdout", tmp_path / "stderr"]
+    for path in paths:
+        os.mkfifo(path)
+    readers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in paths]
+    with grpc.insecure_channel(
+        f"unix:{remote.address}", options=(("grpc.default_authority", "localhost"),)
+    ) as channel:
+        raw = Raw(channel, namespace)
+        raw.exec("c", "e", process("head", "-c", str(size), "/dev/zero"), *map(str, paths))
+        wait_until(lambda: _has_ended(raw, "c", "e"), "the exec has ended")
+        raw.kill("c")
+        client.wait("c")
+        with ThreadPoolExecutor(1) as executor:
+            if first == "the exec":
+                came = executor.submit(_read_all, readers[0])
+                raw.delete_exec("c", "e")
+                raw.delete_task("c")
+            else:
+                raw.delete_task("c")
+                came = executor.submit(_read_all, readers[0])
+            assert (came.result(30) == size) is (first == "the exec")
+    for reader in readers:
+        os.close(reader)
+    client.delete_task("c")
+    client.delete("c")
+
+
+def _has_ended(raw: Raw, container_id: str, exec_id: str) -> bool:
+    found = raw.process(container_id, exec_id)
+    return found is not None and found.status == task_pb2.Status.STOPPED
+
+
+def _read_all(reader: int) -> int:
+    os.set_blocking(reader, True)
+    count = 0
+    while data := os.read(reader, 65536):
+        count += len(data)
+    return count

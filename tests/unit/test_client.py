@@ -657,6 +657,73 @@ def test_an_exec_needs_a_running_container(client: Client, server: Scripted, bac
         client.exec("web", "e", PROCESS)
 
 
+def deletions(server: Scripted) -> list[str]:
+    """What was deleted, in order."""
+    return [
+        call.method for call in list(server.calls) if call.method in ("Tasks.DeleteProcess", "Tasks.Delete")
+    ]
+
+
+def test_an_ended_exec_is_deleted_before_its_task(
+    client: Client, server: Scripted, backend: Recorder
+) -> None:
+    started(client)
+    client.exec("web", "e", PROCESS)
+    held = threading.Event()  # until the backend has its exit the exec is not removed
+
+    def hold(event: EventType, info: EventInfo) -> None:
+        if event is EventType.EXIT and info.process_id == "e":
+            held.wait(DEADLINE)
+
+    backend.then = hold
+    server.exit("web", "e", code=3)
+    server.exit("web", code=4)
+    assert (client.wait("web", "e").code, client.wait("web").code) == (3, 4)
+
+    assert client.delete_task("web").code == 4
+
+    assert deletions(server) == ["Tasks.DeleteProcess", "Tasks.Delete"]
+    held.set()
+    eventually(lambda: not client._containers.all()[0].execs, "the exec is forgotten")
+
+
+def test_a_task_is_deleted_after_the_execs_that_end_with_it(
+    client: Client, server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_LATE_EXECS_SECONDS", DEADLINE)
+    started(client)
+    client.exec("web", "e", PROCESS)
+    server.exit("web", code=4)
+    client.wait("web")
+    deletion = Beside(lambda: client.delete_task("web"))
+    server.exit("web", "e", code=137)
+
+    assert deletion.answer().code == 4
+    # The clean-up after the exec may come after all, and see that it is gone.
+    assert deletions(server)[:2] == ["Tasks.DeleteProcess", "Tasks.Delete"]
+
+
+def test_an_exec_that_containerd_calls_running_keeps_no_task(
+    client: Client, server: Scripted, backend: Recorder
+) -> None:
+    started(client)
+    client.exec("web", "e", PROCESS)
+    held = threading.Event()
+    backend.then = lambda event, info: (
+        info.process_id == "e" and event is EventType.EXIT and held.wait(DEADLINE)
+    )
+    server.exit("web", "e", code=3)
+    server.exit("web", code=4)
+    client.wait("web", "e")
+    client.wait("web")
+    server.script("Tasks.DeleteProcess", fail(grpc.StatusCode.FAILED_PRECONDITION))
+
+    assert client.delete_task("web").code == 4
+
+    assert deletions(server) == ["Tasks.DeleteProcess", "Tasks.Delete"]
+    held.set()
+
+
 def test_an_execs_deletion_waits_for_a_containerd_that_is_away(
     client: Client, server: Scripted, backend: Recorder
 ) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _BACKOFF_FIRST: Final = 0.1
 _BACKOFF_MOST: Final = 2.0
-_PROBE_FIRST: Final = 0.02
+_PROBE_FIRST: Final = 0.005
 _PROBE_MOST: Final = 1.0
 
 _HOPELESS: Final = (InvalidParameterError, NotImplementedByServerError, PermissionDeniedError)

@@ -158,6 +158,8 @@ class Expected:
             each.meets(self.failed_at, self.failed_at) for each in ledger.outages
         ):
             return []
+        if self.init is not None and self.init.shim_killed_at is not None:
+            return []  # whether before it was asked for or after: it is some time until containerd says that init has ended
         if self.init is not None:
             ends = [each.at for each in self.init.exits]
             if not self.init.begun or any(at < self.failed_at + _TOGETHER for at in ends):

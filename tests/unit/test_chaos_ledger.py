@@ -500,6 +500,16 @@ def test_a_step_fails_when_its_job_has_ended(case: Case) -> None:
     assert case.problems() == []
 
 
+def test_a_step_fails_when_its_jobs_shim_was_killed(case: Case) -> None:
+    case.started()
+    case.ledger.shim_killed("a")
+    case.ledger.ask("a", "s", STEP)
+    case.failed("s")
+    case.after(3)
+    case.exit(137)
+    assert case.problems() == []
+
+
 def test_a_step_that_is_asked_for_in_an_outage_fails_and_a_job_does_not(case: Case) -> None:
     case.started()
     case.ledger.fault("containerd")

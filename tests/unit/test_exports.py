@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import libcontainerd
+from libcontainerd import stats
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/libcontainerd"
@@ -71,9 +72,16 @@ def test_nothing_else_is_public() -> None:
         and value.__name__ == f"libcontainerd.{name}"
     }
 
-    assert sorted(public - submodules) == sorted(
-        set(libcontainerd.__all__) - submodules - {"oci"}
-    )  # on demand
+    on_demand = {"oci", *libcontainerd._LATE}
+    assert sorted(public - submodules - on_demand) == sorted(
+        set(libcontainerd.__all__) - submodules - on_demand
+    )
+
+
+def test_a_name_that_is_imported_late_is_there_and_no_other() -> None:
+    assert libcontainerd.Stats is stats.Stats
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        getattr(libcontainerd, "Nothing")  # noqa: B009 # which the type checker would not let pass
 
 
 @pytest.mark.parametrize("name", libcontainerd.__all__)

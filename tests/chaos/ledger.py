@@ -274,7 +274,6 @@ class Ledger:
         self._every: list[Expected] = []
         self._latest: dict[tuple[str, str | None], Expected] = {}
         self._alive: set[str] = set()  # the jobs that are there, as far as the runner has told
-        self._cut_off: set[str] = set()  # those that were being started or removed in a fault
         self._said: Counter[str] = Counter()  # what this life has said on stdout and must have in the journal
         self._journal: list[str] = []  # its lines when the life before ended
 
@@ -349,8 +348,6 @@ class Ledger:
         self._note(f"FAULT {what}")
         for one in self._latest.values():
             one.cut_off = one.cut_off or one.asked
-            if one.step is None and (one.asked or (one.ended and one.job in self._alive)):
-                self._cut_off.add(one.job)
 
     # ------------------------------------------------------------------------------------------------ what it is told
 
@@ -522,11 +519,6 @@ class Ledger:
                 for (name, step), one in self._latest.items()
                 if name == job and step is not None and one.pids
             )
-
-    def cut_off(self) -> set[str]:
-        """The jobs that were being started or removed in a fault."""
-        with self.changed:
-            return set(self._cut_off)
 
     def under_way(self) -> int:
         """How many commands the runner has not answered."""

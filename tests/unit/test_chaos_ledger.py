@@ -527,7 +527,6 @@ def test_a_start_may_fail_that_a_fault_meets(case: Case) -> None:
     case.ledger.fault("containerd")
     case.failed()
     assert case.problems() == []
-    assert case.ledger.cut_off() == {"a"}
 
 
 # ------------------------------------------------------------------------------------------------------------ output
@@ -771,17 +770,6 @@ def test_what_a_later_containerd_forgets_is_told_by_the_next_runner(later: Case)
     later.restored(0, alive=False)
     later.exit(255)
     assert later.problems() == []
-
-
-def test_jobs_that_are_started_or_removed_in_a_fault_are_noted(case: Case) -> None:
-    case.started()
-    case.ledger.ask("b", None, PROGRAM)
-    case.ledger.ask("a", "s", STEP)
-    case.ledger.fault("containerd")
-    assert case.ledger.cut_off() == {"b"}
-    case.exit(3)
-    case.ledger.fault("containerd")
-    assert case.ledger.cut_off() == {"a", "b"}
 
 
 def test_the_history_is_of_the_jobs_that_are_asked_for_and_of_the_faults(case: Case) -> None:

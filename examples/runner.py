@@ -229,8 +229,8 @@ class Runner:
 
     def process_event(self, job_id: str, event: EventType, info: EventInfo) -> None:
         """Receive an event, in the order of the job's; its thread is ours for as long as we like."""
-        if event is not EventType.EXIT:
-            return
+        if event is not EventType.EXIT or not info.pid:
+            return  # without a pid it is of a start that was cut off before there was a process
         self.restored.wait()
         step = None if info.process_id == job_id else info.process_id
         with self.changed:

@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 from libcontainerd import Client, Remote, oci
+from libcontainerd._wire.pb.events.task_pb2 import TaskExit
 from libcontainerd._wire.pb.types.task_pb2 import Status
 from libcontainerd.testing import FakeContainerd
 from tests.integration.containers import Raw, alive, wait_until
@@ -499,6 +500,24 @@ def test_the_end_of_a_start_that_was_begun_anew_is_not_told(
         "".join(str(line["text"]) for line in one.lines if line.get("attempt") == 2 and "text" in line)
         == "up\n"
     )
+
+
+def test_the_end_of_a_start_that_never_came_to_run_is_not_told(
+    fake: FakeContainerd, on_fake: Callable[[], RunnerProcess], tmp_path: Path
+) -> None:
+    # containerd clears away a shim in which nothing was made yet, and tells of an exit without a pid.
+    with Client(fake.address, namespace="runner", state_dir=tmp_path / "state") as earlier:
+        earlier.create("a", oci.build(oci.default_spec(), oci.with_args("true")))
+    removal = fake.hang("Containers/Delete")
+    one = on_fake()
+    removal.wait_hit(timeout=30)
+    fake.publish("runner", "/tasks/exit", TaskExit(container_id="a", id="a", exit_status=255))
+    one.send(do="run", job="b", args=["sh", "-c", "exit 4"])
+    one.await_line(event="removed", job="b")
+    removal.release()
+    one.await_line(event="removed", job="a")
+    assert one.end(None)[0] == 0
+    assert [line["job"] for line in one.lines if line["event"] == "exit"] == ["b"]
 
 
 def test_the_end_of_a_step_that_failed_is_not_told(

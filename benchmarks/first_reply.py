@@ -23,13 +23,13 @@ def library(address: str, namespace: str, directory: str) -> None:
 
 def stubs(address: str, _namespace: str, _directory: str) -> None:
     """A channel and a stub."""
-    from benchmarks import bare_stubs  # noqa: PLC0415
+    from benchmarks import bare_stubs  # noqa: PLC0415 - likewise
 
     bare_stubs.install()
-    import grpc  # noqa: PLC0415
+    import grpc  # noqa: PLC0415 - likewise
 
-    from libcontainerd._wire.pb.services import version_pb2  # noqa: PLC0415
-    from libcontainerd._wire.pb.wellknown_pb2 import Empty  # noqa: PLC0415
+    from libcontainerd._wire.pb.services import version_pb2  # noqa: PLC0415 - likewise
+    from libcontainerd._wire.pb.wellknown_pb2 import Empty  # noqa: PLC0415 - likewise
 
     options = (("grpc.default_authority", "localhost"),)
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from libcontainerd._runtime import KEEP_LABEL
-from libcontainerd._wire.pb.services import containers_pb2
+from libcontainerd._wire.pb.services import containers_pb2, sandbox_pb2
+from libcontainerd._wire.pb.types.sandbox_pb2 import Sandbox
 from libcontainerd.errors import (
     ConflictError,
     LibcontainerdError,
@@ -38,15 +39,11 @@ def keep(calls: Lease, container: Container, *, doing: str, deadline: Deadline) 
     Raises:
         LibcontainerdError: that failed. A containerd without such a store is no error.
     """
-    # For the few who ask for it
-    from libcontainerd._wire.pb.services import sandbox_pb2  # noqa: PLC0415
-    from libcontainerd._wire.pb.types import sandbox_pb2 as sandbox_types  # noqa: PLC0415
-
     container.kept = True
-    record = sandbox_types.Sandbox(
+    record = Sandbox(
         sandbox_id=container.id,
         # Without this the whole containerd panics (1.7.24 and 2.1.9).
-        runtime=sandbox_types.Sandbox.Runtime(name=container.facts.runtime),
+        runtime=Sandbox.Runtime(name=container.facts.runtime),
         labels={KEEP_LABEL: "1"},
     )
     request = sandbox_pb2.StoreCreateRequest(sandbox=record)
@@ -66,8 +63,6 @@ def let_go(calls: Lease, container: Container, *, doing: str, deadline: Deadline
 
 
 def _delete(calls: Lease, container_id: str, doing: str, deadline: Deadline) -> None:
-    from libcontainerd._wire.pb.services import sandbox_pb2  # noqa: PLC0415
-
     request = sandbox_pb2.StoreDeleteRequest(sandbox_id=container_id)
     with suppress(NotFoundError, NotImplementedByServerError):
         calls.call(calls.sandboxes.Delete, request, doing=doing, deadline=deadline)
@@ -75,8 +70,6 @@ def _delete(calls: Lease, container_id: str, doing: str, deadline: Deadline) -> 
 
 def sweep(shelter: Shelter, deadline: Deadline) -> None:
     """Delete the records whose container was removed by another hand. What cannot be done is logged, and left for the next time."""
-    from libcontainerd._wire.pb.services import sandbox_pb2  # noqa: PLC0415
-
     doing = "sweep out the records of ended containers"
     try:
         with shelter.enter(doing) as calls:

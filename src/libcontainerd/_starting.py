@@ -75,7 +75,7 @@ class Starter:
         terminal = facts.terminal
         saved = None
         if checkpoint_dir is not None:
-            from libcontainerd._checkpoint import surveyed  # noqa: PLC0415 # for the few who restore one
+            from libcontainerd._checkpoint import surveyed  # noqa: PLC0415 - for those who restore one
 
             saved = surveyed(checkpoint_dir, doing)
         with ExitStack() as stack:
@@ -229,7 +229,7 @@ def _criu_says_why(restoring: bool) -> Iterator[None]:
     except LibcontainerdError as error:
         if not restoring:
             raise
-        from libcontainerd._checkpoint import with_criu_log  # noqa: PLC0415
+        from libcontainerd._checkpoint import with_criu_log  # noqa: PLC0415 - likewise
 
         raise with_criu_log(error) from error
 

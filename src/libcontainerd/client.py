@@ -235,8 +235,7 @@ class Client:
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
-        # What few use is imported when it is used.
-        from libcontainerd._checkpoint import Checkpoints  # noqa: PLC0415
+        from libcontainerd._checkpoint import Checkpoints  # noqa: PLC0415 - for those who use it
 
         return Checkpoints(self._connection, self._shelter)
 
@@ -655,7 +654,7 @@ class Client:
             NotFoundError: no such container, or it has no task.
             SystemFailureError: containerd has no metrics of it, or they cannot be read.
         """
-        from libcontainerd.stats import read_stats  # noqa: PLC0415
+        from libcontainerd.stats import read_stats  # noqa: PLC0415 - for those who read metrics
 
         # The quotes are for the filter: an id can have signs that it would take for its own.
         request = tasks_pb2.MetricsRequest(filters=[f'id=="{container_id}"'])
@@ -675,7 +674,7 @@ class Client:
         Raises:
             SystemFailureError: what containerd tells cannot be read.
         """
-        from libcontainerd.stats import read_stats  # noqa: PLC0415
+        from libcontainerd.stats import read_stats  # noqa: PLC0415 - for those who read metrics
 
         deadline = self._deadline(timeout)
         answer = self._connection.call(

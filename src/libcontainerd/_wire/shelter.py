@@ -59,7 +59,7 @@ class _Channel:
     @cached_property
     def sandboxes(self) -> StoreStub:
         """Made when it is asked for, which few do."""
-        from libcontainerd._wire.pb.services.sandbox_pb2 import StoreStub  # noqa: PLC0415
+        from libcontainerd._wire.pb.services.sandbox_pb2 import StoreStub  # noqa: PLC0415 - likewise
 
         return StoreStub(cast("grpc.Channel", self))
 

@@ -27,7 +27,7 @@ from libcontainerd import _cleanup as cleanup
 from libcontainerd._runtime import KEEP_LABEL
 from libcontainerd._wire.connection import NAMESPACE_HEADER, Address, Deadline
 from libcontainerd._wire.identifiers import is_identifier
-from libcontainerd._wire.pb.services import containers_pb2
+from libcontainerd._wire.pb.services import containers_pb2, sandbox_pb2
 from libcontainerd._wire.shelter import Shelter
 from libcontainerd.errors import LibcontainerdError, NotFoundError, NotImplementedByServerError
 from libcontainerd.supervisor import claim
@@ -242,9 +242,6 @@ class Sweeper:
 
 def _is_sandbox(calls: Lease, sandbox_id: str, doing: str, deadline: Deadline) -> bool:
     """Whether a shim is a sandbox's own, which has a record in another store than containers have (1.7 and later)."""
-    # For the rare shim that has no container.
-    from libcontainerd._wire.pb.services import sandbox_pb2  # noqa: PLC0415
-
     request = sandbox_pb2.StoreGetRequest(sandbox_id=sandbox_id)
     try:
         found = calls.call(calls.sandboxes.Get, request, doing=doing, deadline=deadline).sandbox

@@ -50,6 +50,11 @@ def check_runtime(runtime: str) -> None:
         )
 
 
+def is_runc(runtime: str) -> bool:
+    """Whether it is one of containerd's own shims for runc, which all keep stdio in one way."""
+    return _RUNC.fullmatch(runtime) is not None
+
+
 def options_for(
     runtime: str, options: Message | Mapping[str, object] | None, defaults: Options | None
 ) -> Options | None:
@@ -59,7 +64,7 @@ def options_for(
         InvalidParameterError: as `read_runtime_options`.
     """
     read = read_runtime_options(options)
-    if defaults is None or not _RUNC.fullmatch(runtime):
+    if defaults is None or not is_runc(runtime):
         return read
     both = Options()
     both.CopyFrom(defaults)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from libcontainerd import _cleanup as cleanup
 from libcontainerd import _keeping as keeping
 from libcontainerd._records import Step
-from libcontainerd._runtime import task_options
+from libcontainerd._runtime import is_runc, task_options
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.connection import NotSentError
 from libcontainerd._wire.identifiers import check_identifier
@@ -190,6 +190,7 @@ class Starter:
             on_stdin_close=partial(self._stdin.owner_closed, container, process),
             name=(container.id, process.id),
             mark=bundle.mark_of(process.exec_id),
+            runc=is_runc(container.facts.runtime),
         )
         container.attach(process, attached)
         return attached

@@ -128,8 +128,19 @@ def test_output_to_nowhere(client: Client, services: Services) -> None:
 def test_output_to_a_file(client: Client, services: Services, tmp_path: Path) -> None:
     """DESIGN 7."""
     log = tmp_path / "log"
-    client.create("c", services.spec(*programs.OBEY))
+    client.create("c", services.spec(*programs.SPEAK))
     client.start("c", attach_stdio=cio.log_file(log))
+
+    assert client.wait("c").code == 3
+    client.delete_task("c")
+    assert sorted(log.read_bytes().splitlines()) == [b"err", b"out"]
+
+
+def test_output_to_what_a_uri_names(client: Client, services: Services, tmp_path: Path) -> None:
+    """DESIGN 7."""
+    log = tmp_path / "log"
+    client.create("c", services.spec(*programs.OBEY))
+    client.start("c", attach_stdio=cio.log_uri(f"file://{log}"))
 
     # While it runs: of what is written at the end, the shim may lose one stream's when the other ends.
     wait_until(lambda: log.read_bytes() == b"ready\n", "the shim has written it", timeout=30)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import termios
 import tty
@@ -96,6 +97,15 @@ class Destination:
     stdout: str
     stderr: str
 
+    def told(self, *, runc: bool) -> tuple[str, str]:
+        """What the shim is told of stdout and of stderr.
+
+        Args:
+            runc: It is one of runc's shims.
+        """
+        del runc
+        return self.stdout, self.stderr
+
     def check(self, *, with_stdin: bool, terminal: bool) -> None:
         """Refuse what a destination cannot do.
 
@@ -113,6 +123,23 @@ class Destination:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _LogFile(Destination):
+    path: str
+
+    def told(self, *, runc: bool) -> tuple[str, str]:
+        """As `Destination.told`; makes the file.
+
+        Where both streams go to one file, runc's shim closes it at the end of the first, and the rest of the other is lost
+        (containerd's issue 3118). By two spellings of its path they are two files to it, which it opens as they are. What it cannot
+        be told as a path, and what is no file of ours to make, stays a URI; as it does for other shims, which may know nothing else.
+        """
+        if not runc or not _UNAMBIGUOUS.fullmatch(self.path) or not _make_file(self.path):
+            return self.stdout, self.stderr
+        directory, name = os.path.split("/" + self.path.lstrip("/"))
+        return os.path.join(directory, name), os.path.join(directory, ".", name)
+
+
 AttachStdio: TypeAlias = StdioCallback | Destination
 """What ``attach_stdio=`` takes."""
 
@@ -121,13 +148,18 @@ null_io: Final = Destination("", "")
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _PATH_SAFE: Final = "/!$&'()*,;=:@~"
+_UNAMBIGUOUS: Final = re.compile(r"[^\0-\x1f\x7f%\ud800-\udfff]+")
+"""A path that the shim, which takes it for a URI of no scheme, finds no fault with."""
 
 
 def log_file(path: str | os.PathLike[str]) -> Destination:
     """Have the shim append a process's stdout and stderr to a file.
 
-    The shim makes the file where it is missing, and writes to it also while nobody of us is there. It does not take a
-    file for a process with a terminal.
+    The shim writes to it also while nobody of us is there. A file that is missing is made when the process is started. The shim
+    does not take a file for a process with a terminal.
+
+    With a ``%`` or a control character in its path, or one that is not UTF-8, and where the file is not ours to make, containerd's
+    shim may lose the end of one stream when the other ends, as it does with ``file://``.
 
     Args:
         path: An absolute path. It is the shim's view that counts: the machine that containerd runs on.
@@ -145,7 +177,7 @@ def log_file(path: str | os.PathLike[str]) -> Destination:
             f"cannot log to {name!r}: make the directory {os.path.dirname(name)!r} first"
         )
     uri = "file://" + quote(os.fsencode(name), safe=_PATH_SAFE)
-    return Destination(uri, uri)
+    return _LogFile(uri, uri, name)
 
 
 def log_uri(uri: str) -> Destination:
@@ -153,7 +185,7 @@ def log_uri(uri: str) -> Destination:
 
     containerd's runc shim knows ``file:///path`` and ``binary:///path/of/program?name=value``: it runs
     the program with the output on its descriptors 3 and 4, and the arguments from the query. Other shims know others, so
-    any scheme is let through.
+    any scheme is let through, as it is. Of ``file://`` runc's shim may lose the end of one stream when the other ends: use `log_file`.
 
     Raises:
         InvalidParameterError: it is not a URI with a scheme, or names nothing.
@@ -168,6 +200,16 @@ def log_uri(uri: str) -> Destination:
         if parts.netloc or not unquote_to_bytes(parts.path).startswith(b"/") or parts.path == "/":
             raise InvalidParameterError(f"cannot log to {uri!r}: after {scheme}:// comes an absolute path")
     return Destination(uri, uri)
+
+
+def _make_file(path: str) -> bool:
+    """Make a file where there is none, as the shim would; False if what is there is none, or it cannot be made."""
+    try:
+        with suppress(FileExistsError):
+            os.mknod(path, stat.S_IFREG | 0o644)
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _printable(uri: str) -> bool:

@@ -66,6 +66,7 @@ class Attached:
         on_stdin_close: Callable[[InputStream], None],
         name: tuple[str, str] = ("", ""),
         mark: str = "",
+        runc: bool = False,
     ) -> Attached:
         """Connect a process that does not exist yet.
 
@@ -76,6 +77,7 @@ class Attached:
             on_stdin_close: As `DirectIO` wants it.
             name: The container's id and the process's.
             mark: The path of a file that stands for the FIFOs where none are needed; empty for none.
+            runc: The process is in the care of one of runc's shims.
 
         Raises:
             InvalidParameterError: the destination cannot do what was asked, or the callback returned no IO.
@@ -86,6 +88,7 @@ class Attached:
         if isinstance(attach_stdio, Destination):
             attach_stdio.check(with_stdin=bool(fifos.stdin), terminal=fifos.terminal)
             attached = cls(attach_stdio, mark)
+            attached.stdout, attached.stderr = attach_stdio.told(runc=runc)
             if fifos.terminal and not attached.stdout:
                 attached.stdout = (
                     os.devnull

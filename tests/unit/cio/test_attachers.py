@@ -73,6 +73,52 @@ def test_log_file_takes_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert destination.stdout.endswith("/%FF")
 
 
+@pytest.mark.parametrize("name", ["out.log", "with space", "a?b#c", "grün", "back\\slash\"quote'"])
+def test_of_a_log_file_runc_is_told_two_spellings(name: str, tmp_path: Path) -> None:
+    log = tmp_path / name
+    destination = cio.log_file(f"/{log}")
+
+    out, err = destination.told(runc=True)
+
+    assert (out, err) == (str(log), f"{tmp_path}/./{name}")
+    assert log.read_bytes() == b""
+    log.write_text("kept")
+    destination.told(runc=True)
+    assert log.read_text() == "kept"
+
+
+def test_of_a_log_file_other_shims_are_told_the_uri(tmp_path: Path) -> None:
+    destination = cio.log_file(tmp_path / "log")
+
+    assert destination.told(runc=False) == (destination.stdout, destination.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["100%.log", "new\nline", "\x7f", os.fsdecode(b"\xff")])
+def test_of_a_log_file_with_no_plain_name_runc_is_told_the_uri(name: str, tmp_path: Path) -> None:
+    destination = cio.log_file(tmp_path / name)
+
+    assert destination.told(runc=True) == (destination.stdout, destination.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_what_is_no_file_to_make_runc_is_told_the_uri(tmp_path: Path) -> None:
+    fifo, gone = tmp_path / "fifo", tmp_path / "gone"
+    os.mkfifo(fifo)
+    gone.mkdir()
+    destinations = [cio.log_file(fifo), cio.log_file("/dev/null"), cio.log_file(gone / "log")]
+    gone.rmdir()
+
+    for destination in destinations:
+        assert destination.told(runc=True) == (destination.stdout, destination.stderr)
+
+
+def test_of_a_uri_every_shim_is_told_just_that() -> None:
+    uri = "file:///var/log/web.log"
+
+    assert cio.log_uri(uri).told(runc=True) == (uri, uri)
+
+
 @pytest.mark.parametrize(
     ("path", "why"),
     [

@@ -24,23 +24,50 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="ctr wants root"),
 ]
 
-LIVE = "sleep 0.3"
-"""ctr lets go of FIFOs that it is still opening when the process has ended. A real container does not end that soon: runc
-alone takes longer; a process of the host runtime needs to be told."""
-
 
 class Ctr:
     """Runs ctr."""
 
-    def __init__(self, address: str, rootfs: Path) -> None:
+    def __init__(self, address: str, directory: Path) -> None:
         self.address = address
-        self.rootfs = str(rootfs)
+        self.rootfs = str(directory / "root")
+        self._directory = directory
 
     def command(self, *args: str) -> list[str]:
         return [str(CTR), "-a", self.address, *args]
 
     def run(self, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(self.command(*args), input=stdin, capture_output=True, timeout=30, check=False)
+
+    def hear(self, *args: str, says: str, text: bytes, code: int) -> tuple[int, bytes, bytes]:
+        """Run a shell that says something, and ends once that was heard.
+
+        ctr lets go of FIFOs that it is still opening when the process has ended. A real container does not end that soon, but a
+        process of the host runtime may.
+
+        Returns:
+            ctr's exit code, and what came out of its stdout and stderr.
+        """
+        out, err, heard = (self._directory / name for name in ("out", "err", "heard"))
+        script = f"{says}; while [ ! -e {heard} ]; do sleep 0.01; done; exit {code}"
+        with (
+            out.open("wb") as to_out,
+            err.open("wb") as to_err,
+            subprocess.Popen(
+                self.command(*args, "/bin/sh", "-c", script),
+                stdin=subprocess.DEVNULL,
+                stdout=to_out,
+                stderr=to_err,
+            ) as process,
+        ):
+            try:
+                wait_until(lambda: text in (out.read_bytes(), err.read_bytes()), "it is heard", timeout=60)
+                heard.touch()
+                returned = process.wait(60)
+            finally:
+                process.kill()
+        heard.unlink()
+        return returned, out.read_bytes(), err.read_bytes()
 
     def __call__(self, *args: str, stdin: bytes = b"") -> str:
         """Run it; it must succeed."""
@@ -55,10 +82,9 @@ class Ctr:
 
 @pytest.fixture(params=list(RELEASES))
 def ctr(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ctr]:
-    root = tmp_path / "root"
-    root.mkdir()
+    (tmp_path / "root").mkdir()
     with FakeContainerd("host", version=request.param) as fake:
-        yield Ctr(fake.address, root)
+        yield Ctr(fake.address, tmp_path)
         unserved = [call.method for call in fake.calls.all() if call.code in ("UNIMPLEMENTED", "INTERNAL")]
     assert unserved == []
 
@@ -91,14 +117,12 @@ def test_containers(ctr: Ctr) -> None:
 
 
 def test_run(ctr: Ctr) -> None:
-    said = ctr.run("run", "--rm", "--rootfs", ctr.rootfs, "one", "/bin/sh", "-c", f"{LIVE}; echo hello")
-    failed = ctr.run(
-        "run", "--rm", "--rootfs", ctr.rootfs, "two", "/bin/sh", "-c", f"{LIVE}; echo no >&2; exit 7"
-    )
+    said = ctr.hear("run", "--rm", "--rootfs", ctr.rootfs, "one", says="echo hello", text=b"hello\n", code=0)
+    failed = ctr.hear("run", "--rm", "--rootfs", ctr.rootfs, "two", says="echo no >&2", text=b"no\n", code=7)
     missing = ctr.run("run", "--rm", "--rootfs", ctr.rootfs, "four", "/no/such/program")
 
-    assert (said.returncode, said.stdout) == (0, b"hello\n")
-    assert (failed.returncode, failed.stdout, failed.stderr) == (7, b"", b"no\n")
+    assert said == (0, b"hello\n", b"")
+    assert failed == (7, b"", b"no\n")
     assert missing.returncode == 1
     assert b"no such file or directory" in missing.stderr
     assert ctr.rows("containers", "ls") == []
@@ -111,10 +135,8 @@ def test_tasks(ctr: Ctr) -> None:
 
     assert (name, state) == ("c", "RUNNING")
     assert [row[0] for row in ctr.rows("tasks", "ps", "c")] == [pid]
-    executed = ctr.run(
-        "tasks", "exec", "--exec-id", "e", "c", "/bin/sh", "-c", f"{LIVE}; echo from exec; exit 9"
-    )
-    assert (executed.returncode, executed.stdout) == (9, b"from exec\n")
+    executed = ctr.hear("tasks", "exec", "--exec-id", "e", "c", says="echo hi", text=b"hi\n", code=9)
+    assert executed == (9, b"hi\n", b"")
     assert "pids.current" in ctr("tasks", "metrics", "c")
     ctr("tasks", "pause", "c")
     assert ctr.rows("tasks", "ls") == [["c", pid, "PAUSED"]]

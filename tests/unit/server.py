@@ -84,7 +84,8 @@ class Held:
     def __call__(self, context: Context, go_on: Callable[[], Message]) -> Message:
         """Wait; with `first`, do it before."""
         done = go_on() if self._first else None
-        context.add_callback(self._go.set)
+        if not context.add_callback(self._go.set):  # given up by its caller before it came here
+            self._go.set()
         self.begun.set()
         self._go.wait()
         if not context.is_active():
@@ -556,7 +557,8 @@ class _Events(events_pb2.EventsServicer):
         stream = _Stream(list(request.filters))
         with self._server.lock:
             self._server.streams.append(stream)
-        context.add_callback(lambda: stream.queue.put(None))
+        if not context.add_callback(lambda: stream.queue.put(None)):
+            return  # given up, or its server stopped, before it came here
         while (item := stream.queue.get()) is not None:
             if isinstance(item, event_pb2.Envelope | bytes):
                 yield cast("event_pb2.Envelope", item)

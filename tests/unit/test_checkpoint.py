@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,8 +18,9 @@ from structlog.testing import capture_logs
 from libcontainerd import Client, Status, cio
 from libcontainerd import _archive as archive
 from libcontainerd import _checkpoint as checkpoint
-from libcontainerd._wire.connection import NAMESPACE_HEADER, Connection
+from libcontainerd._wire.connection import NAMESPACE_HEADER, Connection, Deadline
 from libcontainerd._wire.pb.services import content_pb2, leases_pb2, tasks_pb2
+from libcontainerd._wire.shelter import Lease
 from libcontainerd.errors import (
     CallCancelledError,
     ConflictError,
@@ -296,16 +296,18 @@ def test_a_task_that_is_not_started_is_refused_and_not_thawed(
 
 
 def test_a_checkpoint_that_takes_too_long_is_undone_when_it_is_over(
-    fake: FakeContainerd, client: Client, saved: Path
+    fake: FakeContainerd, client: Client, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hung = fake.hang("Tasks/Checkpoint")
-    timer = threading.Timer(0.5, hung.release)
-    timer.start()
-    try:
-        with pytest.raises(DeadlineExceededError, match="cannot checkpoint container 'web'"):
-            client.create_checkpoint("web", saved, timeout=0.3)
-    finally:
-        timer.join()
+    settle = Lease.settle
+
+    def release_and_settle(lease: Lease, deadline: Deadline) -> None:
+        hung.release()  # nobody waits for its answer any more
+        settle(lease, deadline)
+
+    monkeypatch.setattr(Lease, "settle", release_and_settle)
+    with pytest.raises(DeadlineExceededError, match="cannot checkpoint container 'web'"):
+        client.create_checkpoint("web", saved, timeout=0.5)
 
     assert not saved.exists()
     assert left_in(fake) == []

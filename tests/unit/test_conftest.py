@@ -132,10 +132,11 @@ def test_what_would_pass_unseen_fails_a_test(tmp_path: Path, body: str) -> None:
 def test_a_test_that_hangs_is_failed_with_every_thread_shown(tmp_path: Path) -> None:
     text = "import threading, time\ndef test_it():\n"
     text += (
-        "    threading.Thread(target=time.sleep, args=(3,), name='the-other').start()\n    time.sleep(30)\n"
+        "    threading.Thread(target=time.sleep, args=(60,), name='the-other', daemon=True).start()\n"
+        "    time.sleep(60)\n"
     )
 
-    code, output = run_pytest(tmp_path, text, "--timeout=0.5")
+    code, output = run_pytest(tmp_path, text, "--timeout=3")
 
     assert code == 1, output
     assert "Timeout" in output

@@ -446,6 +446,8 @@ class Supervisor:
                     self._end_hung(child, log, news, trouble)
                 elif not child.exited:
                     self._wait(news, _CHECK_INTERVAL)
+        if child:
+            child.join()  # its end is in the log before what follows from it
 
     def _end_hung(self, child: Child, log: Log, news: threading.Event, trouble: str) -> None:
         log.event("error", "containerd_hung", pid=child.pid, trouble=trouble)

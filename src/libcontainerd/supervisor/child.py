@@ -243,6 +243,10 @@ class Child:
         if self.exited:
             self._thread.join()
 
+    def join(self) -> None:
+        """Wait for its end, and until that has been told."""
+        self._thread.join()
+
     def ask_for_stacks(self) -> None:
         """Have it write its goroutines' stacks to its log; one that is stopped is let go on for that."""
         self._signal(signal.SIGUSR1)

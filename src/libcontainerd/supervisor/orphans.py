@@ -44,6 +44,7 @@ _SHARE: Final = 20
 
 _ASK_SECONDS: Final = 10.0
 _END_SECONDS: Final = 1.0
+_KILL_SECONDS: Final = 10.0  # as for containerd itself: only a process stuck in the kernel needs more
 _STOP_SECONDS: Final = 5.0
 
 _ACTIONS: Final = ("start", "delete")
@@ -308,7 +309,7 @@ def _kill(shim: Shim, process: int) -> None:
         _kill_child(child, shim.pid)
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, signal.SIGKILL)
-    _has_ended(process, _END_SECONDS)
+    _has_ended(process, _KILL_SECONDS)  # while it lives it serves its socket, which is then not removed
     for path, _ in sockets:
         if path.startswith("/"):
             claim.unlink_socket(path)

@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from libcontainerd import cio
-from libcontainerd.cio import DirectIO, FifoSet, InputStream
+from libcontainerd.cio import DirectIO, FifoSet, InputStream, direct
 from libcontainerd.cio.direct import drain
 from tests.unit.beside import DEADLINE, Beside, eventually, race
 from tests.unit.cio.shim import Shim, open_descriptors, read_all, write_all
@@ -243,19 +244,22 @@ def test_bytes_that_nobody_takes_stall_it(shim: Shim) -> None:
     assert 0.1 <= seconds < LONG
 
 
-def test_a_byte_now_and_then_is_no_stall(shim: Shim) -> None:
-    count = 30
+def test_a_byte_now_and_then_is_no_stall(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, now, read = 30, 100.0, bytearray()
     fd = shim.open("stdout")
     write_all(fd, bytes(count))
     shim.shut(fd, shim.open("stderr"))
-    draining = Beside(lambda: in_time([shim.dio], LONG, 1.0, 0.02))
-    # Together this takes longer than the stall, and no two reads are as far apart.
-    for _ in range(count):
-        assert shim.dio.stdout.read(1) == b"\0"
-        time.sleep(0.05)
-    complete, seconds = draining.answer()
-    assert complete
-    assert seconds > 1.0
+
+    def sleep(_: float) -> None:
+        # Together this takes longer than the stall, and no two reads are as far apart.
+        nonlocal now
+        now += 0.3
+        read.extend(shim.dio.stdout.read(1) or b"")
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(direct, "time", clock)
+    assert drain([shim.dio], limit=LONG, stall=1.0, idle=0.02)
+    assert bytes(read) == bytes(count)
 
 
 def test_somebody_who_waits_makes_it_hurry(shim: Shim) -> None:

@@ -359,14 +359,19 @@ def test_what_seems_over_is_looked_at_twice(office: Office, server: Scripted) ->
 def test_an_event_that_is_merely_late_is_waited_for(
     office: Office, server: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patrol_module, "_LATE_EVENT_SECONDS", 0.5)
     container, init = office.run("web")
     server.processes.clear()
-    looking = Beside(office.patrol.look_round)
-    server.wait_for(LIST)
-    office.tell_exit(container, init, 137)
-    looking.answer()
+    waited: list[float] = []
 
+    def told_meanwhile(seconds: float) -> bool:
+        waited.append(seconds)
+        office.tell_exit(container, init, 137)
+        return False
+
+    monkeypatch.setattr(office.patrol._closing, "wait", told_meanwhile)
+    office.patrol.look_round()
+
+    assert waited == [patrol_module._LATE_EVENT_SECONDS]
     assert server.called(GET) == []
     eventually(lambda: office.exits == [("web", 137)], "the event's code")
 

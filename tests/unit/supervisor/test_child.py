@@ -113,7 +113,10 @@ def test_only_the_end_of_a_long_log_is_kept(script: Script) -> None:
     assert tail == tuple(str(number) for number in range(300, 500))
 
 
-def test_a_consumer_that_hangs_blocks_neither_the_child_nor_the_stop(script: Script) -> None:
+def test_a_consumer_that_hangs_blocks_neither_the_child_nor_the_stop(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libcontainerd.supervisor.child._CLOSE_TIMEOUT", 1.0)
     hung, release = threading.Event(), threading.Event()
 
     def hang(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -134,6 +137,7 @@ def test_a_consumer_that_hangs_blocks_neither_the_child_nor_the_stop(script: Scr
 
     assert (code, tail[-1]) == (0, "done")
     # What waited is dropped, and its thread goes when the consumer comes back.
+    monkeypatch.setattr("libcontainerd.supervisor.child._CLOSE_TIMEOUT", 30.0)
     with structlog.testing.capture_logs() as events:
         run.log.close()
     assert events == []

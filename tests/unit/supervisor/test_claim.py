@@ -147,7 +147,10 @@ def test_an_earlier_containerd_that_lives_on_is_refused_and_not_killed(
         assert process.poll() is None
 
 
-def test_an_earlier_containerd_that_is_about_to_die_is_waited_for(tmp_path: Path) -> None:
+def test_an_earlier_containerd_that_is_about_to_die_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "_ORPHAN_TIMEOUT", 30.0)
     pid_file, configuration = str(tmp_path / "pid"), str(tmp_path / "containerd.toml")
     with process_given("--config", configuration, seconds=0.3) as process:
         claim.write_pid_file(pid_file, process.pid)

@@ -218,7 +218,9 @@ def test_one_that_never_serves_hits_the_deadline(make: Make, short_path: Path) -
 
 
 def test_one_that_hangs_hits_the_deadline(make: Make, short_path: Path) -> None:
-    with pytest.raises(DeadlineExceededError, match=r"the health check got (DEADLINE_EXCEEDED|UNAVAILABLE)"):
+    with pytest.raises(
+        DeadlineExceededError, match=r"the health check (got (DEADLINE_EXCEEDED|UNAVAILABLE)|has no answer)"
+    ):
         make(DEAF, start_timeout=6.0).start()
 
     assert left_in(short_path / "state") == {"containerd.lock"}
@@ -353,7 +355,10 @@ def names(events: list[structlog.typing.EventDict]) -> list[str]:
     return [event["event"] for event in events if event["event"] != "containerd_log"]
 
 
-def test_one_that_dies_is_started_again(make: Make, short_path: Path) -> None:
+def test_one_that_dies_is_started_again(
+    make: Make, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "_LASTING", 1000.0)
     supervisor = make(SERVING)
     with structlog.testing.capture_logs() as events:
         supervisor.start()
@@ -372,6 +377,25 @@ def test_one_that_dies_is_started_again(make: Make, short_path: Path) -> None:
     assert exits == ["error", "error", "info"]
     assert [event["attempt"] for event in events if event["event"] == "containerd_restarting"] == [1, 2]
     assert left_in(short_path / "state") == {"containerd.lock"}
+
+
+def test_an_end_is_told_before_what_follows_from_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = make(SERVING)
+    note_exit, going_on = supervisor._note_exit, threading.Event()
+
+    def late(child: Child) -> None:
+        going_on.wait(1.0)  # in which it was restarted, if nobody waited for this
+        note_exit(child)
+
+    monkeypatch.setattr(supervisor, "_note_exit", late)
+    with structlog.testing.capture_logs() as events:
+        supervisor.start()
+        kill(supervisor)
+        await_restarts(events, 1)
+        going_on.set()
+        supervisor.stop()
+
+    assert names(events)[:2] == ["containerd_exited", "containerd_restarting"]
 
 
 def test_waiting_lasts_through_a_restart(make: Make) -> None:
@@ -401,7 +425,7 @@ def test_one_that_hangs_says_its_stacks_and_is_started_again(
     told = [event for event in events if event.get("pid") == hung]
     assert names(told) == ["containerd_hung", "containerd_exited"]
     assert told[1]["exit_code"] == -signal.SIGKILL
-    assert "DEADLINE_EXCEEDED" in told[0]["trouble"]
+    assert re.search("got DEADLINE_EXCEEDED|has no answer", told[0]["trouble"])
     stacks = [event for event in events if "END goroutine" in str(event.get("line"))]
     assert bool(stacks) is not bool(deaf)
 
@@ -446,7 +470,8 @@ def test_one_that_cannot_be_started_again_is_given_up_with_the_end_of_its_log(
     assert supervisor.failure is None
 
 
-def test_one_that_never_lasts_is_given_up(make: Make) -> None:
+def test_one_that_never_lasts_is_given_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "_LASTING", 1000.0)
     supervisor = make(SERVING, restart_attempts=1)
     with structlog.testing.capture_logs() as events:
         supervisor.start()
@@ -502,9 +527,9 @@ def test_it_outlives_the_thread_that_started_it(make: Make, monkeypatch: pytest.
     assert in_thread(supervisor.start)() is None
     pid = supervisor.pid
     checks = checks_of(supervisor, monkeypatch)
-    eventually(lambda: len(checks) >= 2)
+    eventually(lambda: checks.count("") >= 2)
 
-    assert (supervisor.pid, set(checks)) == (pid, {""})
+    assert supervisor.pid == pid
 
 
 def test_stop_from_a_signal_handler_does_not_wait_for_what_it_interrupted(make: Make) -> None:
@@ -558,7 +583,7 @@ def test_a_second_start_is_refused(make: Make, short_path: Path) -> None:
         elsewhere.start()
 
     assert first.pid == pid
-    first.wait_serving(5)
+    first.wait_serving(20)
 
 
 def test_of_two_that_start_at_once_one_wins(make: Make) -> None:
@@ -572,7 +597,7 @@ def test_of_two_that_start_at_once_one_wins(make: Make) -> None:
     errors = [result() for result in [in_thread(lambda each=each: start(each)) for each in supervisors]]  # type: ignore[misc]
 
     assert sorted(type(error).__name__ for error in errors) == ["ConflictError", "NoneType"]
-    supervisors[errors.index(None)].wait_serving(5)
+    supervisors[errors.index(None)].wait_serving(20)
 
 
 def test_a_missing_binary_is_refused_before_anything_is_made(short_path: Path, no_leaks: None) -> None:
@@ -659,7 +684,7 @@ def test_a_stop_that_cannot_clean_up_says_so_and_lets_go_of_all_else(
 
     assert supervisor.pid is None
     with supervisor:
-        supervisor.wait_serving(5)
+        supervisor.wait_serving(20)
 
 
 def test_a_stale_pid_file_is_replaced_and_its_process_left_alone(make: Make, short_path: Path) -> None:

@@ -30,6 +30,7 @@ from libcontainerd import (
     UnavailableError,
     cio,
 )
+from libcontainerd._records import Container, Process
 from libcontainerd._wire.pb.events import task_pb2
 from libcontainerd._wire.pb.services.events_pb2 import EventsStub, PublishRequest, SubscribeRequest
 from libcontainerd._wire.pb.types import task_pb2 as task_types_pb2
@@ -163,7 +164,7 @@ def wait_exits(backend: RecordingBackend, container_id: str, number: int) -> Non
     wait_until(
         lambda: sum(map(len, exits(backend, container_id).values())) >= number,
         f"{number} exits of {container_id!r}",
-        timeout=30,
+        timeout=100,
     )
 
 
@@ -179,7 +180,7 @@ def together(*calls: Callable[[], _Result]) -> list[_Result | Exception]:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], _Result]) -> _Result | Exception:
-        barrier.wait(10)
+        barrier.wait(60)
         try:
             return call()
         except Exception as error:  # noqa: BLE001 - what was raised is what the test looks at
@@ -422,17 +423,27 @@ def test_of_two_clients_that_create_the_same_id_one_wins_unharmed(
         winner.delete("c")
 
 
-def test_two_who_delete_one_task_get_the_same_status(client: Client, spec: MakeSpec, count: Count) -> None:
+def test_two_who_delete_one_task_get_the_same_status(
+    client: Client, spec: MakeSpec, count: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client.create("c", spec("sh", "-c", "echo unread; exit 9"))
+    at_it = threading.Semaphore(0)
+    claim = Container.claim_removal
+
+    def claim_removal(self: Container, process: Process, timeout: float) -> bool:
+        at_it.release()
+        return claim(self, process, timeout)
+
+    monkeypatch.setattr(Container, "claim_removal", claim_removal)
     for _ in range(count(25, 5)):
         held = Held()
         client.start("c", attach_stdio=held)
         assert client.wait("c").code == 9
         with pool(3) as executor:
-            # Neither is done before the output is read, which is when both have long been at it.
+            # Neither is done before the output is read, which is when both are at it.
             both = [executor.submit(client.delete_task, "c") for _ in range(2)]
-            for each in both:
-                wait_until(each.running, "both are deleting")
+            for _ in both:
+                assert at_it.acquire(timeout=30), "both are deleting"
             assert held.stdout.readall() == b"unread\n"
             first, second = (each.result(30) for each in both)
         assert first == second

@@ -230,6 +230,7 @@ def test_the_runner_runs_jobs_with_steps_and_ends_with_its_input(
     one = runner()
     one.send(do="run", job="a", args=["sh", "-c", "echo up; exec sleep 1000"])
     pid = one.await_line(event="started", job="a", step=None)["pid"]
+    one.await_line(event="output", job="a", step=None)
     one.send(do="exec", job="a", step="s", args=["sh", "-c", "echo out; echo err >&2; exit 3"])
     step = one.await_line(event="started", job="a", step="s")["pid"]
     ended = one.await_line(event="exit", job="a", step="s")

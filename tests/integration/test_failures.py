@@ -500,7 +500,7 @@ def test_of_two_creations_at_once_one_wins(client: Client, raw: Raw, spec: MakeS
             barrier = threading.Barrier(2)
 
             def create(name: str = f"c{number}", barrier: threading.Barrier = barrier) -> bool:
-                barrier.wait(10)
+                barrier.wait(60)
                 try:
                     client.create(name, made)
                 except ConflictError:

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -19,10 +21,13 @@ import pytest
 from libcontainerd import Client, EventType, NotFoundError, Status
 from libcontainerd._events import patrol as patrol_module
 from libcontainerd._wire import typeurl
+from libcontainerd._wire.connection import NAMESPACE_HEADER
 from libcontainerd._wire.pb.events.task_pb2 import TaskExit
-from libcontainerd._wire.pb.services.events_pb2 import EventsStub, PublishRequest
+from libcontainerd._wire.pb.services.events_pb2 import EventsStub, PublishRequest, SubscribeRequest
 from libcontainerd._wire.pb.services.tasks_pb2 import PauseTaskRequest, ResumeTaskRequest
 from libcontainerd._wire.pb.types import task_pb2
+from libcontainerd._wire.pb.types.event_pb2 import Envelope
+from libcontainerd._wire.pb.wellknown_pb2 import Any
 from libcontainerd.backends import RecordingBackend
 from tests.integration.containerd import MortalContainerd
 from tests.integration.containers import (
@@ -80,8 +85,14 @@ class Site:
     def end(self, container_id: str, process_id: str = "init") -> None:
         """Tell a process to end, and wait until it has."""
         self.held[container_id, process_id].stdin.write(b"\n")
+        self.wait_end(container_id, process_id)
+
+    def wait_end(self, container_id: str, process_id: str) -> None:
+        """Wait until a process has ended and its shim, which lives, has been told by the kernel when and how."""
         pid = self.pids[container_id, process_id]
-        wait_until(lambda: not alive(pid), f"{process_id} of {container_id} ends", _SECONDS)
+        wait_until(
+            lambda: not Path(f"/proc/{pid}").exists(), f"{process_id} of {container_id} ends", _SECONDS
+        )
 
     def exits(self, container_id: str) -> list[tuple[str, int]]:
         """Whose exits were told, and the codes."""
@@ -150,6 +161,35 @@ def site(
         yield made
 
 
+@contextmanager
+def published(containerd: MortalContainerd, namespace: str) -> Iterator[Callable[[str], int]]:
+    """Counts what containerd publishes in a namespace, by topic, as seen past the client."""
+    seen: list[str] = []
+    with containerd.channel() as channel:
+        stub = EventsStub(channel)
+        stream = stub.Subscribe(SubscribeRequest(filters=[f"namespace=={namespace}"]))
+
+        def read() -> None:
+            with suppress(grpc.RpcError):  # the channel is closed
+                for envelope in cast("Iterator[Envelope]", stream):
+                    seen.append(envelope.topic)  # noqa: PERF401 - as they come
+
+        def listens() -> bool:
+            stub.Publish(
+                PublishRequest(topic="/listens", event=Any(type_url="listens")),
+                metadata=((NAMESPACE_HEADER, namespace),),
+                timeout=_SECONDS,
+            )
+            return "/listens" in seen
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        wait_until(listens, "the subscription is there", _SECONDS)
+        yield seen.count
+    reader.join(_SECONDS)
+    assert not reader.is_alive()
+
+
 def freeze(site: Site, container_id: str) -> None:
     request = PauseTaskRequest(container_id=container_id)
     site.raw.tasks.Pause(request, metadata=site.raw.metadata, timeout=_SECONDS)
@@ -179,6 +219,7 @@ def test_what_ends_while_containerd_is_down_is_told_once_with_its_code_and_time(
         before = datetime.now(UTC)
         site.end("all", "ends")
         site.end("all")
+        site.wait_end("all", "goes_on")
         site.end("some", "ends")
         after = datetime.now(UTC)
         assert site.exits("all") == []
@@ -267,30 +308,36 @@ def test_a_freeze_a_thaw_and_an_end_in_a_cut_connection_are_told(
         Proxy(containerd.address) as proxy,
         containerd.channel() as channel,
         open_site(proxy.path, channel, namespace, tmp_path / "bundles") as site,
+        published(containerd, namespace) as count,
     ):
 
-        def in_a_gap(*what: Callable[[], object]) -> None:
+        def in_a_gap(*what: tuple[str, Callable[[], object]]) -> None:
             proxy.cut(stay_broken=True)
             wait_until(lambda: not site.client._subscriber.live, "the gap is seen", _SECONDS)
-            for each in what:
-                each()
+            for topic, do in what:
+                before = count(topic)
+                do()
+                # A shim answers first, and has its event published when it comes to it: it must be in the gap too.
+                wait_until(lambda: count(topic) > before, f"{topic} is published", _SECONDS)  # noqa: B023
             proxy.mend()
             wait_until(lambda: site.client._subscriber.live, "the subscription is live", _SECONDS)
 
         site.run("c", spec, 7, ends=20)
         site.run("killed", spec, 8)
-        in_a_gap(lambda: freeze(site, "c"))
+        in_a_gap(("/tasks/paused", lambda: freeze(site, "c")))
         site.backend.wait_for(EventType.PAUSED, "c", timeout=_SECONDS)
-        in_a_gap(lambda: thaw(site, "c"), lambda: freeze(site, "c"))
-        in_a_gap(lambda: thaw(site, "c"))
+        in_a_gap(("/tasks/resumed", lambda: thaw(site, "c")), ("/tasks/paused", lambda: freeze(site, "c")))
+        in_a_gap(("/tasks/resumed", lambda: thaw(site, "c")))
         site.backend.wait_for(EventType.RESUMED, "c", timeout=_SECONDS)
-        in_a_gap(lambda: site.end("c", "ends"), lambda: freeze(site, "killed"))
+        in_a_gap(
+            ("/tasks/exit", lambda: site.end("c", "ends")), ("/tasks/paused", lambda: freeze(site, "killed"))
+        )
         assert exit_of(site.backend, "c", "ends") == 20
         site.backend.wait_for(EventType.PAUSED, "killed", timeout=_SECONDS)
         # It is known to be frozen, so it is thawed for the signal to come through.
         site.client.signal_process("killed", "init", signal.SIGKILL)
         assert exit_of(site.backend, "killed") == 137
-        in_a_gap(lambda: site.end("c"))
+        in_a_gap(("/tasks/exit", lambda: site.end("c")))
         assert exit_of(site.backend, "c") == 7
         site.settle(spec)
         assert site.exits("c") == [("c", 7), ("ends", 20)]

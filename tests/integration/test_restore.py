@@ -20,6 +20,7 @@ import pytest
 from libcontainerd import Client, EventType, NotFoundError, Remote, Restored, Status, cio, oci
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.services import tasks_pb2
+from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.backends import RecordingBackend
 from tests.integration.containers import (
     Collected,
@@ -295,6 +296,12 @@ def start_containerd(containerd_binary: Path) -> Iterator[Callable[[], Remote]]:
         shutil.rmtree(directory)
 
 
+def is_over(raw: Raw, container_id: str, exec_id: str) -> bool:
+    """Whether a process has ended as containerd sees it, which may have forgotten it by now."""
+    found = raw.process(container_id, exec_id)
+    return found is None or found.status == task_pb2.Status.STOPPED
+
+
 @contextmanager
 def raw_of(remote: Remote, namespace: str) -> Iterator[Raw]:
     """A look past the library; leaves nothing in the namespace."""
@@ -327,7 +334,10 @@ def test_containerd_was_down_as_well(
             (bundles[container_id] / stream).write_bytes(b"\n")
         wait_until(lambda: not alive(pids["ends"]) and not alive(exec_pid), "they have ended")
         second = start_containerd()
-        with raw_of(second, namespace), second.new_client(namespace, backend) as client:
+        with raw_of(second, namespace) as now, second.new_client(namespace, backend) as client:
+            # Their shims may learn of it late.
+            for process_ in (("ends", ""), ("goes-on", "ends")):
+                wait_until(lambda it=process_: is_over(now, *it), "containerd knows")  # type: ignore[misc] # mypy cannot infer it
             collected = Collected()
 
             ended = client.restore("ends")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import select
 import selectors
 import shutil
 import signal
@@ -381,9 +382,11 @@ def test_the_users_terminal_is_lent_and_given_back(client: Client, spec: MakeSpe
         assert client.wait("c", timeout=20).code == 3
         assert client.delete_task("c").code == 3
         assert termios.tcgetattr(line) == before
-        seen = os.read(keyboard, 4096)
-        assert b"typed\r\n" in seen
-        assert b"[typed]\r\n" in seen
+        seen = b""
+        while not (b"typed\r\n" in seen and b"[typed]\r\n" in seen):
+            # The kernel carries it from one side to the other when it likes, and not all of it at once.
+            assert select.select([keyboard], [], [], 30)[0], seen
+            seen += os.read(keyboard, 4096)
         client.delete("c")
     finally:
         os.close(keyboard)
@@ -394,7 +397,7 @@ def test_the_users_terminal_is_lent_and_given_back(client: Client, spec: MakeSpe
 
 
 class Dawdling:
-    """An IO whose reader takes a little at a time, and pauses before the last part until told to go on."""
+    """An IO whose reader takes a little at a time, and a byte a second of the last part until it is told to go on."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -417,7 +420,10 @@ class Dawdling:
             # What is left then fills the FIFO, and a good part of the shim's own pipe behind it.
             if len(self.taken) >= self._total - 120_000 and not self._go_on.is_set():
                 self.paused.set()
-                self._go_on.wait(30)
+                for _ in range(90):  # who takes nothing for five seconds is not waited for
+                    if self._go_on.wait(1):
+                        break
+                    self.taken += stream.read(1)
 
     def go_on(self) -> None:
         self._go_on.set()
@@ -628,14 +634,17 @@ def test_the_shim_logs_to_a_file(client: Client, spec: MakeSpec, tmp_path: Path,
         assert not list(bundle_of(raw, "c").iterdir())
         assert client.wait("c").code == 3
         assert client.delete_task("c").code == 3
-    assert log.read_text().split() == ["out", "err"]
+    # By two copiers, of which either may come first.
+    assert sorted(log.read_text().split()) == ["err", "out"]
+    before = log.read_text()
     client.delete("c")
     with running(client, "d", spec(*SLEEP)):
         process_ = process("sh", "-c", ONE_ENDS_FIRST.replace("out;", "exec;"))
         client.exec("d", "e", process_, attach_stdio=cio.log_file(log))
         assert client.wait("d", "e").code == 3
         wait_exec_gone(client, "d", "e")
-    assert log.read_text().split() == ["out", "err", "exec", "err"]  # appended
+    assert log.read_text().startswith(before)  # appended
+    assert sorted(log.read_text().removeprefix(before).split()) == ["err", "exec"]
 
 
 @pytest.mark.parametrize("name", ["100%.log", "new\nline", os.fsdecode(b"\xff")])

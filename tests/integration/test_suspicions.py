@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.integration.containers import (
     exit_of,
     process,
     running,
+    shims_of,
     wait_exec_gone,
     wait_until,
 )
@@ -141,15 +142,19 @@ def test_a_shim_gives_up_what_an_exec_wrote_when_its_task_is_deleted(
         raw = Raw(channel, namespace)
         raw.exec("c", "e", process("head", "-c", str(size), "/dev/zero"), *map(str, paths))
         wait_until(lambda: _has_ended(raw, "c", "e"), "the exec has ended")
+        (shim,) = (pid for pid, words in shims_of(remote.address).items() if f" {namespace} " in words)
         raw.kill("c")
         client.wait("c")
         with ThreadPoolExecutor(1) as executor:
             if first == "the exec":
-                came = executor.submit(_read_all, readers[0])
+                reading = threading.Event()
+                came = executor.submit(_read_all, readers[0], reading.set)
+                assert reading.wait(30)  # the shim waits for who reads, and for nobody who is about to
                 raw.delete_exec("c", "e")
                 raw.delete_task("c")
             else:
                 raw.delete_task("c")
+                wait_until(lambda: not alive(shim), "the shim has ended")  # until then it moves what it has
                 came = executor.submit(_read_all, readers[0])
             assert (came.result(30) == size) is (first == "the exec")
     for reader in readers:
@@ -163,9 +168,10 @@ def _has_ended(raw: Raw, container_id: str, exec_id: str) -> bool:
     return found is not None and found.status == task_pb2.Status.STOPPED
 
 
-def _read_all(reader: int) -> int:
+def _read_all(reader: int, begun: Callable[[], object] = lambda: None) -> int:
     os.set_blocking(reader, True)
     count = 0
-    while data := os.read(reader, 65536):
+    while data := os.read(reader, 4096):
         count += len(data)
+        begun()
     return count

@@ -14,6 +14,7 @@ from libcontainerd import (
     oci,
 )
 from libcontainerd.backends import RecordingBackend
+from libcontainerd.stats import Usage
 from tests.integration.containers import (
     Collected,
     MakeSpec,
@@ -120,23 +121,27 @@ def test_the_usage_grows_with_what_is_used(client: Client, spec: MakeSpec) -> No
     script = "echo ready; while read x; do i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; y=$y$(head -c 300000 /dev/zero | tr '\\0' a); echo done; done"
     collected = Collected()
     made = spec("sh", "-c", script, options=[oci.with_memory_limit(64 << 20), oci.with_pids_limit(40)])
+
+    def usage(processes: int) -> Usage:
+        # What made a process, or one that has ended, may be counted for a moment longer.
+        wait_until(lambda: client.stats("c").usage.pids == processes, f"{processes} are all", timeout=30)
+        return client.stats("c").usage
+
     with running(client, "c", made, collected, with_stdin=True):
         collected.wait_for(b"ready", timeout=30)
-        idle = client.stats("c").usage
+        idle = usage(1)
         for round_number in range(1, 4):
             collected.stdin.write(b"go\n")
             collected.wait_for(b"done\n" * round_number, timeout=40)
-        busy = client.stats("c").usage
+        busy = usage(1)
         client.exec("c", "e", process("sleep", "1000"))
-        # What brought the exec in may be there for a moment longer.
-        wait_until(lambda: client.stats("c").usage.pids == 2, "init and the exec are all", timeout=30)
+        usage(2)
 
     assert idle.cpu_ns is not None and busy.cpu_ns is not None  # noqa: PT018 - for mypy
     assert idle.memory_working_set_bytes is not None and busy.memory_working_set_bytes is not None  # noqa: PT018
     assert busy.cpu_ns > idle.cpu_ns > 0
     assert busy.memory_working_set_bytes > idle.memory_working_set_bytes + 500_000
     assert (idle.memory_limit_bytes, idle.pids_limit) == (64 << 20, 40)
-    assert (idle.pids, busy.pids) == (1, 1)
     assert (idle.oom_kills, idle.swap_bytes) == (0, 0)
 
 

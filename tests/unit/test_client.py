@@ -717,8 +717,9 @@ def test_a_task_is_deleted_after_the_execs_that_end_with_it(
     server.exit("web", "e", code=137)
 
     assert deletion.answer().code == 4
-    # The clean-up after the exec may come after all, and see that it is gone.
-    assert deletions(server)[:2] == ["Tasks.DeleteProcess", "Tasks.Delete"]
+    # The clean-up after the exec may come as well, between the two or last, and see that it is gone.
+    done = deletions(server)
+    assert done.index("Tasks.DeleteProcess") < done.index("Tasks.Delete")
 
 
 def test_an_exec_that_containerd_calls_running_keeps_no_task(

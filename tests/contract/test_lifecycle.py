@@ -22,6 +22,7 @@ from libcontainerd import (
 from libcontainerd._wire import typeurl
 from libcontainerd._wire.pb.cgroups.v1_pb2 import Metrics
 from libcontainerd._wire.pb.services import introspection_pb2, tasks_pb2
+from libcontainerd._wire.pb.types import metrics_pb2
 from libcontainerd._wire.pb.wellknown_pb2 import Empty
 from libcontainerd.backends import RecordingBackend
 from tests import servers
@@ -292,10 +293,14 @@ def test_metrics(services: Services) -> None:
     services.run("two")
 
     request = tasks_pb2.MetricsRequest(filters=["id==one"])
-    (metric,) = services.call(services.tasks.Metrics, request).metrics
 
-    assert metric.id == "one"
-    assert typeurl.unpack(metric.data, Metrics).pids.current == 1
+    def metric() -> metrics_pb2.Metric:
+        (only,) = services.call(services.tasks.Metrics, request).metrics
+        return only
+
+    assert metric().id == "one"
+    # Before it is its program it is runc, which has several threads.
+    wait_until(lambda: typeurl.unpack(metric().data, Metrics).pids.current == 1, "one thread")
 
 
 def test_a_task_that_was_never_started_can_be_deleted(services: Services) -> None:

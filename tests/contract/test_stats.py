@@ -58,8 +58,11 @@ def test_stats_after_the_end_are_there_until_the_task_is_deleted(client: Client,
 
 
 def test_stats_of_a_frozen_container(client: Client, services: Services) -> None:
-    client.create("c", services.spec())
-    client.start("c")
+    collected = Collected()
+    client.create("c", services.spec(*programs.CAT))
+    client.start("c", with_stdin=True, attach_stdio=collected)
+    collected.stdin.write(b"hello\n")
+    collected.wait_for(b"hello\n")  # before it is its program it is runc, which has several threads
     client.pause("c")
 
     assert client.stats("c").usage.pids == 1

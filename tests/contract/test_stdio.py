@@ -212,13 +212,13 @@ def test_output_to_a_program(client: Client, services: Services, tmp_path: Path)
     logger.chmod(0o755)
 
     def logged(name: str) -> list[str]:
-        return [(tmp_path / f"{name}.{kind}").read_text() for kind in ("words", "out", "err")]
+        paths = [tmp_path / f"{name}.{kind}" for kind in ("words", "out", "err")]
+        return [path.read_text() if path.exists() else "" for path in paths]
 
     client.create("c", services.spec(*programs.SPEAK))
     client.start("c", attach_stdio=cio.log_uri(f"binary://{logger}?-o={tmp_path}/init"))
     assert client.wait("c").code == 3
     client.delete_task("c")
-    wait_until((tmp_path / "init.err").exists, "the logger has run")
     wait_until(lambda: logged("init")[1:] == ["out\n", "err\n"], "the logger has written")
     assert logged("init")[0] == f"{services.namespace} c\n"
 
@@ -227,7 +227,6 @@ def test_output_to_a_program(client: Client, services: Services, tmp_path: Path)
     output = cio.log_uri(f"binary://{logger}?-o={tmp_path}/exec")
     client.exec("d", "e", process_document(*programs.SPEAK), attach_stdio=output)
     assert client.wait("d", "e").code == 3
-    wait_until((tmp_path / "exec.err").exists, "the logger has run")
     wait_until(lambda: logged("exec")[1:] == ["out\n", "err\n"], "the logger has written")
     assert logged("exec")[0] == f"{services.namespace} e\n"
 

@@ -163,11 +163,17 @@ def client(
 
 @pytest.fixture
 def subscribe(services: Services) -> Iterator[Callable[..., Subscription]]:
-    """Subscribes past the client: `subscribe("topic~=|^/tasks/|")`, by default to all of the test's namespace."""
+    """Subscribes past the client: `subscribe("topic~=|^/tasks/|")`, by default to all of the test's namespace.
+
+    With `everywhere` to other namespaces, too, where the last events of the tests before may still arrive.
+    """
     with ExitStack() as stack:
 
-        def make(*filters: str) -> Subscription:
-            subscription = Subscription(services, filters or (f"namespace=={services.namespace}",))
+        def make(*filters: str, everywhere: bool = False) -> Subscription:
+            here = f"namespace=={services.namespace}"
+            if not everywhere:
+                filters = tuple(f"{here},{each}" for each in filters) or (here,)
+            subscription = Subscription(services, filters)
             stack.callback(subscription.close)
             return subscription
 

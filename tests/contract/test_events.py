@@ -37,13 +37,12 @@ def test_the_events_of_a_life(services: Services, subscribe: Subscribe) -> None:
     services.wait("c")
     paused, resumed, ended = (subscription.next() for _ in range(3))
     services.delete_task("c")
+    # The shim tells it, perhaps late; of a containerd 2 it may get lost.
+    deleted = subscription.next() if services.release < (2, 0) else None
     services.delete_container("c")
-    last = [subscription.next()]
-    while last[-1].topic != "/containers/delete":
-        last.append(subscription.next())
-    removed = last.pop()
-    deleted = last.pop() if last or services.release < (2, 0) else None  # containerd 2 may lose this one
-    assert not last
+    removed = subscription.next()
+    if deleted is None and removed.topic != "/containers/delete":
+        deleted, removed = removed, subscription.next()
 
     assert (made.topic, unpack(made, container_pb2.ContainerCreate)) == (
         "/containers/create",
@@ -130,21 +129,21 @@ def test_a_deleted_task_that_never_ran_ends_first(services: Services, subscribe:
     subscription = subscribe("topic~=|^/tasks/|")
     services.make_container("c")
     services.make_task("c")
+    assert subscription.topics(1) == ["/tasks/create"]
 
     services.delete_task("c")
 
     if services.release < (1, 7):
-        assert subscription.topics(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
+        assert subscription.topics(2) == ["/tasks/exit", "/tasks/delete"]
         return
     # Later the two last come in either order, and may be lost with the shim, which ends at once.
     services.call(
         services.events.Publish, events_pb2.PublishRequest(topic="/tasks/after", event=Any(type_url="x"))
     )
-    topics = subscription.topics(2)
+    topics = subscription.topics(1)
     while topics[-1] != "/tasks/after":
         topics += subscription.topics(1)
-    assert topics[0] == "/tasks/create"
-    assert sorted({*topics[1:], "/tasks/delete", "/tasks/exit"}) == [
+    assert sorted({*topics, "/tasks/delete", "/tasks/exit"}) == [
         "/tasks/after",
         "/tasks/delete",
         "/tasks/exit",
@@ -175,7 +174,7 @@ def test_filters_of_a_subscription(services: Services, subscribe: Subscribe) -> 
 
 
 def test_what_is_published_arrives_as_it_was(services: Services, subscribe: Subscribe) -> None:
-    subscription = subscribe("topic~=|^/mine/|")
+    subscription = subscribe("topic~=|^/mine/|", everywhere=True)
     event = Any(type_url="mine.Event", value=b"\x01\x02")
     services.call(services.events.Publish, events_pb2.PublishRequest(topic="/mine/published", event=event))
     forwarded = event_pb2.Envelope(
@@ -196,7 +195,7 @@ def test_what_is_published_arrives_as_it_was(services: Services, subscribe: Subs
 
 def test_namespaces_and_updates_are_told(services: Services, subscribe: Subscribe) -> None:
     name = f"{services.namespace}-2"
-    subscription = subscribe(f"event.name=={name}")
+    subscription = subscribe(f"event.name=={name}", everywhere=True)
     space = namespaces_pb2.Namespace(name=name, labels={"a": "b"})
     services.call(services.namespaces.Create, namespaces_pb2.CreateNamespaceRequest(namespace=space))
     services.call(services.namespaces.Delete, namespaces_pb2.DeleteNamespaceRequest(name=name))

@@ -5,6 +5,7 @@ Each is compared with what is written here. Who makes the library do more must c
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -131,19 +132,20 @@ def threads_and_descriptors() -> Counts:
         _settle(0)
         with Client(fake.address, namespace="n", state_dir=fake.state_dir) as client:
             _come_and_go(client, "w")  # channels, and what is opened for the first container
-            _settle(_OWN)
+            gc.collect()  # what others left is not to go meanwhile
+            _settle(_OWN, quiet=4 * _QUIET)
             counted: Counts = {"threads of an idle client": _threads()}
             fds = _descriptors()
             for number in range(_CROWD):
                 client.create(f"i{number}", spec)
                 client.start(f"i{number}")
-            _settle(_OWN)
+            _settle(_OWN, fds)
             counted["threads for 10 idle containers"] = _threads() - _OWN
             counted["descriptors for 10 idle containers"] = _descriptors() - fds
             for number in range(_CROWD):
                 client.create(f"a{number}", spec)
                 client.start(f"a{number}", attach_stdio=cio.copy(stdout=lambda _: None))
-            _settle(_OWN + 1)
+            _settle(_OWN + 1, fds + _CROWD * 2 + 2)
             counted["threads for 10 attached containers"] = _threads() - _OWN
             each, pump = divmod(_descriptors() - fds, _CROWD)
             counted["descriptors for each of 10 attached containers"] = each
@@ -151,7 +153,7 @@ def threads_and_descriptors() -> Counts:
             for number in range(_CROWD):
                 _end(client, f"i{number}")
                 _end(client, f"a{number}")
-            _settle(_OWN)
+            _settle(_OWN, fds)
             counted["threads left of all that"] = _threads() - _OWN
             counted["descriptors left of all that"] = _descriptors() - fds
     finally:
@@ -176,13 +178,17 @@ def _threads() -> int:
     return sum(thread.name.startswith("libcontainerd-") for thread in threading.enumerate())
 
 
-def _settle(threads: int) -> None:
-    """Threads that have nothing to do end after a second; where they do not, the count will say so."""
+def _settle(threads: int, descriptors: int | None = None, quiet: float = _QUIET) -> None:
+    """Wait until it is quiet, with these threads at most and so many descriptors; where it does not come to that, the count will say so.
+
+    Threads that have nothing to do end after a second, and grpcio closes and opens descriptors when it comes to it.
+    """
     deadline = time.monotonic() + _PATIENCE
-    since = time.monotonic()
-    while (now := time.monotonic()) < deadline and now - since < _QUIET:
-        if _threads() > threads:
-            since = now
+    since, before = time.monotonic(), -1
+    while (now := time.monotonic()) < deadline and now - since < quiet:
+        there = _descriptors()
+        if _threads() > threads or there != before or descriptors not in (None, there):
+            since, before = now, there
         time.sleep(0.05)
 
 

@@ -61,8 +61,8 @@ class Watch:
     def _count(self) -> None:
         self.resumed += 1
 
-    def open(self, seconds: float = DEADLINE) -> Subscriber:
-        self.subscriber.open(Deadline(seconds))
+    def open(self) -> Subscriber:
+        self.subscriber.open(Deadline(DEADLINE))
         return self.subscriber
 
     def topics(self) -> list[str]:
@@ -135,11 +135,36 @@ def test_a_containerd_that_is_not_ready_is_given_its_time(server: Scripted, watc
 # -------------------------------------------------------------------------------------------------------------- refusals
 
 
-def refused(watch: Watch, kind: type[LibcontainerdError], said: str, seconds: float = DEADLINE) -> float:
+class AfterFailures(Deadline):
+    """A deadline that passes when the attempts to publish have failed in such ways, one after the other."""
+
+    def __init__(self, watch: Watch, *wanted: type[LibcontainerdError]) -> None:
+        super().__init__(DEADLINE)
+        self._wanted = list(wanted)
+        call = watch.connection.call
+
+        def watched(*args: object, **kwargs: object) -> object:
+            try:
+                return call(*args, **kwargs)  # type: ignore[arg-type] # handed on as they came
+            except LibcontainerdError as error:
+                if self._wanted and isinstance(error, self._wanted[0]):
+                    del self._wanted[0]
+                raise
+
+        watch.connection.call = watched  # type: ignore[method-assign, assignment]
+
+    def remaining(self) -> float:
+        return super().remaining() if self._wanted else 0.0
+
+
+def refused(
+    watch: Watch, kind: type[LibcontainerdError], said: str, within: float | Deadline = DEADLINE
+) -> float:
     """Check that `open` fails, and that no thread stays; say how long it took."""
     begin = time.monotonic()
+    deadline = within if isinstance(within, Deadline) else Deadline(within)
     with pytest.raises(kind, match=said) as caught:
-        watch.open(seconds)
+        watch.subscriber.open(deadline)
     took = time.monotonic() - begin
     assert type(caught.value) is kind
     assert not watch.subscriber.live
@@ -182,13 +207,15 @@ def test_publications_that_are_never_seen_take_the_deadline(server: Scripted, wa
 
 def test_a_server_that_is_gone_is_unavailable(server: Scripted, watch: Watch) -> None:
     server.stop()
-    refused(watch, UnavailableError, "containerd does not answer", 0.3)
+    passing = AfterFailures(watch, UnavailableError)
+    refused(watch, UnavailableError, "containerd does not answer", passing)
 
 
 def test_an_attempt_that_the_deadline_cuts_short_is_not_what_is_told(server: Scripted, watch: Watch) -> None:
     server.script(PUBLISH, fail(grpc.StatusCode.UNAVAILABLE), *[Held() for _ in range(9)])
     server.script(SUBSCRIBE, *[fail(grpc.StatusCode.UNAVAILABLE)] * 100)
-    refused(watch, UnavailableError, "containerd does not answer", 0.9)
+    passing = AfterFailures(watch, UnavailableError, DeadlineExceededError)
+    refused(watch, UnavailableError, "containerd does not answer", passing)
 
 
 def test_close_beside_open(server: Scripted, watch: Watch) -> None:

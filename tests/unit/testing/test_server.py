@@ -523,16 +523,14 @@ def test_an_event_of_the_tests_own(fake: FakeContainerd, client: Client, backend
 # ---------------------------------------------------------------------------------------------------- restarts, dead shims
 
 
-def wait_back(client: Client) -> None:
-    wait_until(lambda: client._subscriber.live, "the client is subscribed again")
-
-
 def test_tasks_survive_a_restart(fake: FakeContainerd, client: Client, backend: RecordingBackend) -> None:
     client.create("c", spec())
     pid = client.start("c")
 
+    before = len(fake.calls.all("Events/Subscribe"))
     fake.restart()
-    wait_back(client)
+    fake.calls.wait_for("Events/Subscribe", before + 1)  # it has seen that the connection broke
+    wait_until(lambda: client._subscriber.live, "the client is subscribed again")
 
     assert client.list_pids("c") == [pid]
     fake.process("c").exit(5)
@@ -548,7 +546,7 @@ def test_an_exit_while_it_is_down_is_told_late(
     fake.go_down()
     fake.go_down()
     with pytest.raises(UnavailableError):
-        client.version(timeout=1)
+        client.version(timeout=20)
     fake.process("c").exit(6)
 
     fake.go_up()

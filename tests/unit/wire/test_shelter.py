@@ -60,7 +60,7 @@ def test_a_deadline_ends_the_waiting_and_not_the_call(server: Scripted, shelter:
     server.script(GET, held)
     with shelter.enter(DOING) as lease:
         with pytest.raises(DeadlineExceededError, match="has not answered in time") as caught:
-            look(lease, 0.1)
+            look(lease, 0.5)  # time enough to be sent
         assert not isinstance(caught.value, NotSentError)
         assert not held.cut.is_set()
         settling = Beside(lambda: lease.settle(Deadline(DEADLINE)))
@@ -76,7 +76,7 @@ def test_what_does_not_settle_is_cut_off(server: Scripted, shelter: Shelter) -> 
     server.script(GET, held)
     with shelter.enter(DOING) as lease:
         with pytest.raises(DeadlineExceededError):
-            look(lease, 0.1)
+            look(lease, 0.5)  # time enough to be sent
         assert held.begun.wait(DEADLINE)
         lease.settle(Deadline(0.05))
         assert held.cut.wait(DEADLINE)

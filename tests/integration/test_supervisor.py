@@ -19,6 +19,7 @@ import pytest
 import structlog
 
 from libcontainerd import Client, EventType, Remote, Status
+from libcontainerd import supervisor as supervisor_module
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.errors import ConflictError, InvalidParameterError, SystemFailureError, UnavailableError
 from libcontainerd.supervisor import Options, Supervisor, claim
@@ -301,9 +302,14 @@ def test_its_containers_outlive_it(make: Make, rootfs: Path, end: str) -> None:
 
 @pytest.fixture
 def remote(
-    containerd_binary: Path, directory: Path, no_leaks: None
+    request: pytest.FixtureRequest,
+    containerd_binary: Path,
+    directory: Path,
+    no_leaks: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[tuple[Remote, list[structlog.typing.EventDict]]]:
-    """A remote of a containerd that shall hang or die, and what is logged."""
+    """A remote of a containerd that shall hang or die, and what is logged; its parameter is the health check's timeout."""
+    monkeypatch.setattr(supervisor_module, "_STACKS_TIMEOUT", 60.0)  # however slow it is
     # A link, so that a test can put something else in its place.
     (directory / "containerd").symlink_to(containerd_binary)
     with (
@@ -312,7 +318,7 @@ def remote(
             directory / "root",
             directory / "state",
             binary=str(directory / "containerd"),
-            health_timeout=2.0,
+            health_timeout=getattr(request, "param", 30.0),
             restart_attempts=2,
         ) as started,
     ):
@@ -328,7 +334,9 @@ def kill(remote: Remote, number: signal.Signals) -> int:
     return pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("remote", "number"), [(30.0, signal.SIGKILL), (2.0, signal.SIGSTOP)], indirect=["remote"]
+)
 def test_clients_and_containers_go_on_when_it_died_or_hung(
     remote: tuple[Remote, list[structlog.typing.EventDict]], spec: MakeSpec, number: signal.Signals
 ) -> None:

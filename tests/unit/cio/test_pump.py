@@ -507,7 +507,9 @@ def test_1000_silent_streams_share_one_thread(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_200_short_streams_at_once(tmp_path: Path) -> None:
+def test_200_short_streams_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine that lets none of the workers run for a hundredth of a second looks like workers that are stuck.
+    monkeypatch.setattr(pump, "_STALL_SECONDS", 1000.0)
     results = [bytearray() for _ in range(200)]
     most = 0
     with ExitStack() as stack:
@@ -529,7 +531,7 @@ def test_200_short_streams_at_once(tmp_path: Path) -> None:
             most = max(most, len(pump_threads()))
 
     assert [bytes(got) for got in results] == [b"%d" % number * 100 for number in range(200)]
-    assert most < 100, "a thread for each stream"
+    assert most <= pump._EAGER_WORKERS + 1, "a thread for each stream"
 
 
 # ------------------------------------------------------------------------------------------ destinations that fail

@@ -117,8 +117,8 @@ def test_a_tasks_new_limits_end_with_it(client: Client, spec: MakeSpec) -> None:
 
 
 def test_the_usage_grows_with_what_is_used(client: Client, spec: MakeSpec) -> None:
-    # Each line that it reads costs it time and memory.
-    script = "echo ready; while read x; do i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; y=$y$(head -c 300000 /dev/zero | tr '\\0' a); echo done; done"
+    # Each line that it reads costs it time, and more memory than the kernel counts on account, a quarter MiB for each processor.
+    script = "echo ready; while read x; do i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; y=$y$(head -c 2000000 /dev/zero | tr '\\0' a); echo done; done"
     collected = Collected()
     made = spec("sh", "-c", script, options=[oci.with_memory_limit(64 << 20), oci.with_pids_limit(40)])
 

@@ -198,8 +198,8 @@ class Task:
                 raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from error
             raise unknown(text) from error
 
-    def start(self, exec_id: str) -> int:
-        """Let init or an exec run, announce it, and give its pid.
+    def start(self, exec_id: str, stopping: Callable[[], bool]) -> int:
+        """Let init or an exec run, announce it, and give its pid; where the server is going away, wait for no reader.
 
         Raises:
             Refusal: its state does not allow it, or it cannot be run.
@@ -215,6 +215,8 @@ class Task:
                     " (use --ignore-paused to override)"
                 )
             process.starting = True  # an exit that comes from now on is told after the start
+        if stopping():  # since before that, so that `give_up_opening` may have missed it
+            process.stdio.give_up_opening()
         try:
             pid = self._run_exec(process) if exec_id else self._run_init()
         except BaseException:

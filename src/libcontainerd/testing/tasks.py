@@ -230,6 +230,8 @@ class Tasks(tasks_pb2.TasksServicer):
             )
             with self._lock:
                 self._being_made.add(task)
+            if self._stopping():  # since before that, so that `wake` may have missed it
+                task.give_up_opening()
             pid = task.create()
         except BaseException:
             if task is not None:
@@ -267,7 +269,7 @@ class Tasks(tasks_pb2.TasksServicer):
     ) -> tasks_pb2.StartResponse:
         """Let init or an exec run."""
         task = self._task(context, request.container_id)
-        pid = task.start(request.exec_id)
+        pid = task.start(request.exec_id, self._stopping)
         # As containerd does: an exec that has ended and was deleted meanwhile is not found any more.
         _when_answered(context, task.process(request.exec_id).stdio.begin_input)
         return tasks_pb2.StartResponse(pid=pid)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from libcontainerd._wire.pb.types.descriptor_pb2 import Descriptor
 from libcontainerd._wire.pb.types.mount_pb2 import Mount
 from libcontainerd._wire.pb.wellknown_pb2 import Any
 from libcontainerd.testing import FakeContainerd, prints
+from libcontainerd.testing.shim import Task
 from libcontainerd.testing.tasks import Tasks
+from tests.unit.beside import DEADLINE
 from tests.unit.testing.specs import METADATA, process, spec
 
 CRIU = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
@@ -230,6 +233,23 @@ def test_init_deleted_as_if_it_were_an_exec(calls: Calls, fake: FakeContainerd) 
     assert answer.exit_status == 2
 
 
+def after_the_wake(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Have a task's step taken when a server that goes down has woken those who wait."""
+    woken = threading.Event()
+    wake, take = Tasks.wake, getattr(Task, step)
+
+    def woke(tasks: Tasks) -> None:
+        wake(tasks)
+        woken.set()
+
+    def late(task: Task, *args: object, **fields: object) -> object:
+        assert woken.wait(DEADLINE)
+        return take(task, *args, **fields)
+
+    monkeypatch.setattr(Tasks, "wake", woke)
+    monkeypatch.setattr(Task, step, late)
+
+
 def test_nobody_reads(calls: Calls, tmp_path: Path) -> None:
     with (
         FakeContainerd(stdio_timeout=0.05) as fake,
@@ -252,8 +272,11 @@ def test_nobody_reads(calls: Calls, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "who has only just called"])
 @pytest.mark.parametrize("exec_id", ["", "e"])
-def test_who_waits_for_a_reader_does_not_hold_the_end_up(tmp_path: Path, exec_id: str) -> None:
+def test_who_waits_for_a_reader_does_not_hold_the_end_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exec_id: str, late: bool
+) -> None:
     out, err = str(tmp_path / "out"), str(tmp_path / "err")
     os.mkfifo(out)
     os.mkfifo(err)
@@ -278,9 +301,15 @@ def test_who_waits_for_a_reader_does_not_hold_the_end_up(tmp_path: Path, exec_id
                 spec=typeurl.pack_json(typeurl.PROCESS_URL, document),
             )
             calls.tasks.Exec(request, metadata=METADATA, timeout=20)
+            if late:
+                after_the_wake(monkeypatch, "start")
             waiting = pool.submit(calls.start, "c", exec_id)
-            fake.process("c", exec_id)
+            fake.calls.wait_for("Tasks/Start", 2)
+            if not late:
+                fake.process("c", exec_id)
         else:
+            if late:
+                after_the_wake(monkeypatch, "__init__")
             waiting = pool.submit(calls.create, "c", stdout=out, stderr=err)
             fake.calls.wait_for("Tasks/Create")
         begin = time.monotonic()

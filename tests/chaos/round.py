@@ -27,7 +27,7 @@ _MORE_FAULTS: Final = 3
 _AT_ONCE: Final = 6
 _PATIENCE: Final = 120.0
 _ASK_AGAIN: Final = 3.0
-_GRACE: Final = 10.0
+_GRACE: Final = 30.0
 
 # grpc's threads and descriptors come and go; what grows with containers is seen through this all the same.
 _MORE_THREADS: Final = 20

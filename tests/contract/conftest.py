@@ -152,7 +152,7 @@ def client(
         namespace=namespace,
         state_dir=tmp_path / "state",
         backend=backend,
-        default_timeout=20.0,
+        default_timeout=60.0,
     )
     try:
         yield made

@@ -34,7 +34,7 @@ from tests.integration.containers import Raw, wait_until
 
 _Response = TypeVar("_Response")
 
-SECONDS = 20.0
+SECONDS = 60.0
 RUNTIME = "io.containerd.runc.v2"
 
 

@@ -383,4 +383,4 @@ def test_without_criu_the_reason_is_told_and_the_process_goes_on(
     assert not (tmp_path / "saved").exists()
     assert client.status("c") is Status.RUNNING
     assert left_in_containerd(services) == []
-    backend.wait_for(EventType.RESUMED, "c", timeout=20)
+    backend.wait_for(EventType.RESUMED, "c", timeout=60)

@@ -148,7 +148,7 @@ def test_an_exit_may_come_before_exec_has_returned(
             client.exec("c", "e", process_document(*programs.TRUE))
             wait_until(lambda: client.wait("c", "e").code == 0, "it has ended")
             seen.append("exec has returned")
-        assert over.wait(20)
+        assert over.wait(60)
         assert seen == ["exec has returned", "e"]
     finally:
         services.remove_everything()

@@ -267,7 +267,7 @@ def test_what_a_containerd_has_forgotten_has_ended_somehow(
     assert exit_of(backend, "c", "e") == 255
     assert exit_of(backend, "c") == 255
     for name in ("init", "e"):
-        status = client.wait("c", name, timeout=20)
+        status = client.wait("c", name, timeout=60)
         assert status.code == 255
         assert isinstance(status.error, NotFoundError)
     if state:

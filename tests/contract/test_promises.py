@@ -35,7 +35,7 @@ def connect(server: Server, services: Services, tmp_path: Path) -> Iterator[Conn
                 namespace=services.namespace,
                 state_dir=tmp_path / "state",
                 backend=backend,
-                default_timeout=20.0,
+                default_timeout=60.0,
             )
             stack.callback(client.close)
             stack.callback(services.remove_everything)
@@ -130,14 +130,14 @@ def test_a_backend_that_blocks_delays_its_own_container_only(connect: Connect, s
     def take(container_id: str, event: EventType, info: EventInfo) -> None:
         if container_id == "slow" and event is EventType.CREATE:
             blocked.set()
-            go.wait(20)
+            go.wait(60)
         seen.process_event(container_id, event, info)
 
     client = connect(CallbackBackend(take))
     for name in ("slow", "fast"):
         client.create(name, services.spec(*programs.TRUE))
         client.start(name)
-    assert blocked.wait(10)
+    assert blocked.wait(60)
 
     assert exit_of(seen, "fast") == 0
     assert seen.events("slow") == []
@@ -169,7 +169,7 @@ def test_a_backend_may_do_everything_from_inside(connect: Connect, services: Ser
     client.create("c", services.spec(*programs.SPEAK))
     client.start("c")
 
-    assert over.wait(20)
+    assert over.wait(60)
     assert runs == [3, 3, 3]
     assert services.container_ids() == set()
 
@@ -200,7 +200,7 @@ def test_an_exit_is_told_to_all_who_wait(client: Client, services: Services) -> 
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(client.wait, "c") for _ in range(8)]
         client.signal_process("c", "init", signal.SIGKILL)
-        codes = {each.result(20).code for each in waiting}
+        codes = {each.result(60).code for each in waiting}
 
     assert codes == {137}
     assert client.wait("c").code == 137
@@ -311,7 +311,7 @@ def test_cancelling_wakes_a_reader(client: Client, services: Services) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(taken[0].stdout.read, 1)
         taken[0].cancel()
-        assert reading.result(10) == b""
+        assert reading.result(60) == b""
     taken[0].close()
     assert client.status("c") is Status.RUNNING
 

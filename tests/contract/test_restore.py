@@ -40,7 +40,7 @@ def make_client(server: Server, namespace: str, services: Services, tmp_path: Pa
                     namespace=namespace,
                     state_dir=tmp_path / state,
                     backend=backend,
-                    default_timeout=20.0,
+                    default_timeout=60.0,
                 )
             )
 

@@ -106,7 +106,7 @@ class Machine(RuleBasedStateMachine):
     def agree(self, expected: str, method: Callable[..., object], request: object) -> bool:
         """Make a call, compare its code, and say whether it was answered."""
         try:
-            method(request, metadata=self.services.metadata, timeout=20)
+            method(request, metadata=self.services.metadata, timeout=60)
         except grpc.RpcError as error:
             code, details = error.code().name, error.details()
         else:

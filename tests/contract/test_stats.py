@@ -19,13 +19,14 @@ def test_stats_are_typed_and_of_now(client: Client, services: Services) -> None:
     with pytest.raises(NotFoundError):
         client.stats("c")
     client.start("c")
-    before = datetime.now(UTC) - timedelta(seconds=1)
+    clock = timedelta(minutes=1)  # it may be set meanwhile; a wrong time zone is more
+    before = datetime.now(UTC) - clock
 
     stats = client.stats("c")
 
     assert isinstance(stats.metrics, CgroupV1Metrics | CgroupV2Metrics)
     assert stats.type_url == stats.metrics.DESCRIPTOR.full_name
-    assert before < stats.read_at <= datetime.now(UTC) + timedelta(seconds=1)
+    assert before < stats.read_at <= datetime.now(UTC) + clock
     assert stats.read_at.tzinfo is UTC
     assert stats.usage.pids is not None
 
@@ -96,7 +97,7 @@ def test_an_update_tells_no_event(client: Client, services: Services, backend: R
     collected.wait_for(b"ready")
     client.update_resources("c", {"pids": {"limit": 64}})
     client.signal_process("c", "init", 15)
-    backend.wait_for(EventType.EXIT, "c", "init", timeout=20)
+    backend.wait_for(EventType.EXIT, "c", "init", timeout=60)
 
     assert [event.event for event in backend.events("c")] == [
         EventType.CREATE,

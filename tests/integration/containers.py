@@ -22,7 +22,7 @@ from libcontainerd._wire.pb.types import task_pb2
 from libcontainerd.backends import RecordingBackend
 from libcontainerd.types import EventType
 
-_RAW_SECONDS = 20.0
+_RAW_SECONDS = 60.0
 
 
 class MakeSpec(Protocol):
@@ -281,7 +281,7 @@ def wait_exec_gone(client: Client, container_id: str, exec_id: str) -> None:
 
 def exit_of(backend: RecordingBackend, container_id: str, process_id: str = "init") -> int:
     """Wait for a process's exit event, and give the code."""
-    return backend.wait_for(EventType.EXIT, container_id, process_id, timeout=20).info.exit_code
+    return backend.wait_for(EventType.EXIT, container_id, process_id, timeout=60).info.exit_code
 
 
 def alive(pid: int) -> bool:

@@ -49,9 +49,10 @@ STALE_SECONDS: Final = 120.0
 _REMAINS_SECONDS: Final = 10.0
 _REMAINS: Final = re.compile(
     r"failed to start shim.*file exists|mkdir \S*/io\.containerd\.runtime\.v2\.task/\S+: file exists"
-    r"|container with given ID already exists"
+    r"|container with given ID already exists|failed to create shim task: ttrpc: closed"
 )
-"""In the words of 1.6 and 1.7, of 2.1, and of runc, whose remains containerd removes when it has refused."""
+"""In the words of 1.6 and 1.7, of 2.1, and of runc, whose remains containerd removes when it has refused; and of who was given
+the shim of the task before, which still had its socket while it ended."""
 
 _EMPTY_SECONDS: Final = 3.0
 _EMPTY_SHIM: Final = re.compile(r"\bcontainer not created\b")
@@ -77,9 +78,9 @@ def make_task(
 ) -> tasks_pb2.CreateTaskResponse:
     """Have containerd make a task; again, for ten seconds, where the remains of an earlier one are still in its way.
 
-    Those are the directory of a shim that containerd has not yet put away, and a task whose shim was killed: for up to two
-    seconds there is none of that name to be seen, and none to be made (seen on 1.6). A shim that has no task for three seconds is
-    the rest of a start that was cut off, and is shut down.
+    Those are the directory of a shim that containerd has not yet put away; the shim of the task before, which has not quite
+    ended; and a task whose shim was killed: for up to two seconds there is none of that name to be seen, and none to be made
+    (seen on 1.6). A shim that has no task for three seconds is the rest of a start that was cut off, and is shut down.
 
     Raises:
         LibcontainerdError: it could not be made; at once when the client is closed.
@@ -88,7 +89,7 @@ def make_task(
     for pause in _pauses():
         try:
             return calls.call(calls.tasks.Create, request, doing=doing, deadline=deadline)
-        except (SystemFailureError, ConflictError) as error:
+        except (SystemFailureError, UnavailableError, ConflictError) as error:
             late = patience.remaining() < pause
             since = time.monotonic() - begun
             remains = not late and _in_the_way(
@@ -102,14 +103,14 @@ def make_task(
 def _in_the_way(
     calls: Lease,
     request: tasks_pb2.CreateTaskRequest,
-    error: SystemFailureError | ConflictError,
+    error: SystemFailureError | UnavailableError | ConflictError,
     *,
     since: float,
     doing: str,
     deadline: Deadline,
 ) -> bool:
     """Whether it is remains that a start met, and perhaps not for the first time; what can be done about them is done."""
-    if isinstance(error, SystemFailureError):
+    if not isinstance(error, ConflictError):
         return _REMAINS.search(str(error)) is not None
     look = tasks_pb2.GetRequest(container_id=request.container_id)
     try:

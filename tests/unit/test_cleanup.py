@@ -132,6 +132,7 @@ RUNC_IN_THE_WAY = fail(
     grpc.StatusCode.UNKNOWN,
     "OCI runtime create failed: runc create failed: container with given ID already exists: unknown",
 )
+SHIM_THAT_ENDS = fail(grpc.StatusCode.UNKNOWN, "failed to create shim task: ttrpc: closed: unknown")
 TASK_IN_THE_WAY = fail(grpc.StatusCode.ALREADY_EXISTS, "task web: already exists")
 
 
@@ -144,8 +145,8 @@ def make_task(calls: Lease, cut: threading.Event | None = None, seconds: float =
 
 @pytest.mark.parametrize(
     "remains",
-    [SHIM_IN_THE_WAY, BUNDLE_IN_THE_WAY, RUNC_IN_THE_WAY, TASK_IN_THE_WAY],
-    ids=["a directory", "a directory in 2.1's words", "runc's state", "an unseen task"],
+    [SHIM_IN_THE_WAY, BUNDLE_IN_THE_WAY, RUNC_IN_THE_WAY, SHIM_THAT_ENDS, TASK_IN_THE_WAY],
+    ids=["a directory", "a directory in 2.1's words", "runc's state", "a shim that ends", "an unseen task"],
 )
 def test_a_task_is_made_when_the_remains_of_an_earlier_one_are_gone(
     server: Scripted, calls: Lease, remains: Scripting

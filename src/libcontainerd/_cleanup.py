@@ -48,11 +48,11 @@ STALE_SECONDS: Final = 120.0
 
 _REMAINS_SECONDS: Final = 10.0
 _REMAINS: Final = re.compile(
-    r"failed to start shim.*file exists|mkdir \S*/io\.containerd\.runtime\.v2\.task/\S+: file exists"
+    r"failed to start shim.*(?:file exists|connection refused)|mkdir \S*/io\.containerd\.runtime\.v2\.task/\S+: file exists"
     r"|container with given ID already exists|failed to create shim task: ttrpc: closed"
 )
 """In the words of 1.6 and 1.7, of 2.1, and of runc, whose remains containerd removes when it has refused; and of who was given
-the shim of the task before, which still had its socket while it ended."""
+a shim that was about to end, or had ended and left its socket."""
 
 _EMPTY_SECONDS: Final = 3.0
 _EMPTY_SHIM: Final = re.compile(r"\bcontainer not created\b")

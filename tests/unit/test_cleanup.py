@@ -133,6 +133,10 @@ RUNC_IN_THE_WAY = fail(
     "OCI runtime create failed: runc create failed: container with given ID already exists: unknown",
 )
 SHIM_THAT_ENDS = fail(grpc.StatusCode.UNKNOWN, "failed to create shim task: ttrpc: closed: unknown")
+SHIM_THAT_HAS_ENDED = fail(
+    grpc.StatusCode.UNKNOWN,
+    "failed to start shim: start failed: dial unix /run/containerd/s/6a79: connect: connection refused: unknown",
+)
 TASK_IN_THE_WAY = fail(grpc.StatusCode.ALREADY_EXISTS, "task web: already exists")
 
 
@@ -145,8 +149,22 @@ def make_task(calls: Lease, cut: threading.Event | None = None, seconds: float =
 
 @pytest.mark.parametrize(
     "remains",
-    [SHIM_IN_THE_WAY, BUNDLE_IN_THE_WAY, RUNC_IN_THE_WAY, SHIM_THAT_ENDS, TASK_IN_THE_WAY],
-    ids=["a directory", "a directory in 2.1's words", "runc's state", "a shim that ends", "an unseen task"],
+    [
+        SHIM_IN_THE_WAY,
+        BUNDLE_IN_THE_WAY,
+        RUNC_IN_THE_WAY,
+        SHIM_THAT_ENDS,
+        SHIM_THAT_HAS_ENDED,
+        TASK_IN_THE_WAY,
+    ],
+    ids=[
+        "a directory",
+        "a directory in 2.1's words",
+        "runc's state",
+        "a shim that ends",
+        "a shim's socket",
+        "an unseen task",
+    ],
 )
 def test_a_task_is_made_when_the_remains_of_an_earlier_one_are_gone(
     server: Scripted, calls: Lease, remains: Scripting

@@ -93,7 +93,15 @@ def new_client(remote: Remote, namespace: str, raw: Raw) -> Iterator[NewClient]:
 
 
 def is_running(raw: Raw, container_id: str = "c") -> bool:
-    found = raw.process(container_id)
+    """Whether containerd says so; where it says that it does not know, its shim is late, and it is asked again."""
+    found = None
+
+    def known() -> bool:
+        nonlocal found
+        found = raw.process(container_id)
+        return found is None or found.status != TaskStatus.UNKNOWN
+
+    wait_until(known, f"it is known whether {container_id!r} runs", timeout=60)
     return found is not None and found.status == TaskStatus.RUNNING
 
 

@@ -264,6 +264,8 @@ def test_a_frozen_container_is_still_frozen_after_a_restart(
     containerd.stop(signal.SIGKILL)
     containerd.start()
     site.settle(spec)
+    # Of a shim that is late containerd says that it does not know.
+    wait_until(lambda: site.client.status("c") is not Status.UNKNOWN, "it is known", _SECONDS)
     assert site.client.status("c") is Status.PAUSED
     assert (site.told("c", EventType.PAUSED), site.told("c", EventType.RESUMED)) == (1, 0)
     site.client.signal_process(

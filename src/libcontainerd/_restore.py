@@ -48,6 +48,7 @@ _ONE_SECONDS: Final = 20.0
 """The most that one container of many gets: a shim that does not answer must not use up the others' time."""
 
 _MOST_AT_ONCE: Final = 8
+_PAUSE_SECONDS: Final = 0.1
 
 _STATE: Final = {
     task_pb2.Status.CREATED: State.CREATED,
@@ -192,20 +193,25 @@ class Restorer:
     ) -> Iterable[tuple[_Restoration, Restored | Exception]]:
         """Take over what was listed; those that more is to be asked for side by side, for a shim may not answer."""
 
+        def in_doubt(one: _Restoration) -> bool:
+            # A task whose shim does not answer is left out of the list, or (by 1.6) is there without its state.
+            task = tasks.get(one.container.id)
+            return bool(one.left) if task is None else task.status == task_pb2.Status.UNKNOWN
+
         def take(one: _Restoration) -> Restored | Exception:
             try:
                 task = tasks.get(one.container.id)
-                if task is None and one.left:
+                if in_doubt(one):
                     one.limit(_ONE_SECONDS)
-                    task = one.ask("")  # a task whose shim does not answer is left out of the list
+                    task = one.ask("")
                 one.take(task)
                 return one.finish()
             except Exception as error:  # noqa: BLE001 - reported
                 one.abandon()  # now, for the others may need the descriptors
                 return error
 
-        asking = [one for one in under_way if one.left]
-        yield from ((one, take(one)) for one in under_way if not one.left)
+        asking = [one for one in under_way if one.left or in_doubt(one)]
+        yield from ((one, take(one)) for one in under_way if one not in asking)
         if asking:
             with ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="libcontainerd-restore") as pool:
                 yield from zip(asking, pool.map(take, asking), strict=True)
@@ -295,12 +301,17 @@ class _Restoration:
         """
         connection = self._restorer.connection
         request = tasks_pb2.GetRequest(container_id=self.container.id, exec_id=exec_id)
-        try:
-            return connection.call(
-                connection.tasks.Get, request, doing=self.doing, deadline=self._deadline
-            ).process
-        except NotFoundError:
-            return None
+        while True:
+            try:
+                found = connection.call(
+                    connection.tasks.Get, request, doing=self.doing, deadline=self._deadline
+                ).process
+            except NotFoundError:
+                return None
+            if found.status != task_pb2.Status.UNKNOWN:
+                return found
+            # containerd 1.6 answers so, without pid and FIFOs, where a shim has not told it in two seconds.
+            self._restorer.cut.wait(_PAUSE_SECONDS)
 
     def take(self, task: task_pb2.Process | None, *, thorough: bool = False) -> None:
         """Find the processes and attach their stdio.

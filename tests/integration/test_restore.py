@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -268,6 +269,29 @@ def test_a_task_whose_shim_was_killed(
     assert client.wait("c", timeout=30).code == 0
     client.delete_task("c")
     client.delete("c")
+
+
+@pytest.mark.parametrize("of_all", [False, True], ids=["one", "all"])
+def test_a_shim_that_answers_late(
+    client: Client, remote: Remote, namespace: str, spec: MakeSpec, *, of_all: bool
+) -> None:
+    """Of a task whose shim is silent for two seconds, containerd 1.6 tells neither pid nor FIFOs."""
+    with remote.new_client(namespace) as earlier:
+        earlier.create("c", spec("cat"))
+        pid = earlier.start("c", with_stdin=True, attach_stdio=Collected())
+    (shim,) = (each for each, words in shims_of(remote.address).items() if f" {namespace} " in words)
+    collected = Collected()
+    os.kill(shim, signal.SIGSTOP)
+    going_on = threading.Timer(3.5, os.kill, (shim, signal.SIGCONT))
+    going_on.start()
+    try:
+        restored = client.restore_all(collected)["c"] if of_all else client.restore("c", collected)
+    finally:
+        going_on.join()
+    assert restored == Restored(True, pid, {})
+    collected.stdin.write(b"after\n")
+    collected.wait_for(b"after\n")
+    stop(client, "c")
 
 
 # ----------------------------------------------------------------------------------------- containerd restarted as well

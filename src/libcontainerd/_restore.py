@@ -211,7 +211,7 @@ class Restorer:
                 return error
 
         asking = [one for one in under_way if one.left or in_doubt(one)]
-        yield from ((one, take(one)) for one in under_way if one not in asking)
+        yield from ((one, take(one)) for one in under_way if not one.left and not in_doubt(one))
         if asking:
             with ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="libcontainerd-restore") as pool:
                 yield from zip(asking, pool.map(take, asking), strict=True)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.runc.options_pb2 import Options
     from libcontainerd.cio.attached import Attached
 
+_BEGINNINGS: Final = frozenset(
+    {EventType.CREATE, EventType.START, EventType.EXEC_ADDED, EventType.EXEC_STARTED}
+)
+_BEGINNINGS_PER_PROCESS: Final = 8
+"""More than a run has, and an end to what somebody else's events can make us remember."""
+
 _EXITS_PER_CONTAINER: Final = 1024
 _EXITS_OF_DELETED: Final = 32
 _CONTAINERS_REMEMBERED: Final = 256
@@ -107,6 +113,7 @@ class Process:
         reported: Its exit has been handed to the backend's queue.
         deleting: A thread is deleting it in containerd.
         oom_killed: The out-of-memory killer was seen in this run (of an init).
+        beginnings: What the backend was told of its coming up, each with the pid that the event named.
         turns: How often it was told to be frozen or thawed (of an init): who asked before that has an old answer.
         attached: Its IO.
     """
@@ -115,6 +122,7 @@ class Process:
         "answered",
         "asked",
         "attached",
+        "beginnings",
         "deleting",
         "exit",
         "id",
@@ -137,6 +145,7 @@ class Process:
         self.reported = False
         self.deleting = False
         self.oom_killed = False
+        self.beginnings: tuple[tuple[EventType, int], ...] = ()
         self.turns = 0
         self.attached: Attached | None = None
 
@@ -151,6 +160,14 @@ class Process:
         if state is None:
             return False
         self.state = state
+        return True
+
+    def begins(self, event: EventType, pid: int) -> bool:
+        """Note an event of its coming up; False for one that is noted."""
+        if (event, pid) in self.beginnings:
+            return False
+        if len(self.beginnings) < _BEGINNINGS_PER_PROCESS:
+            self.beginnings += ((event, pid),)
         return True
 
 
@@ -560,13 +577,15 @@ class Container:
         """Take over what an event says.
 
         Returns:
-            The event as the backend shall see it; None for what was delivered already: an exit, or a freeze or thaw that
-            a call has found out.
+            The event as the backend shall see it; None for what was delivered already: an event that came before, an exit
+            that was found out, or a freeze or thaw that a call has found out.
         """
         with self.changed:
             process = self._process_of(info.process_id)
             if event is EventType.EXIT:
                 return self._apply_exit(process, info)
+            if event in _BEGINNINGS and process is not None and not process.begins(event, info.pid):
+                return None
             if event is EventType.OOM and self.task is not None:
                 self.task.oom_killed = True
             elif process is not None and (process.id, info.pid) not in self._runs:

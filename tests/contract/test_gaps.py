@@ -365,14 +365,25 @@ def test_a_freeze_whose_event_got_lost_is_found(
 def test_events_that_come_twice_are_told_once(
     client: Client, fake: FakeContainerd, backend: RecordingBackend
 ) -> None:
+    for topic in ("create", "start", "exec-added", "exec-started", "exit"):
+        fake.duplicate_events(f"/tasks/{topic}", 2)
     run(client, "c", "e")
-    fake.duplicate_events("/tasks/exit", 2)
     fake.process("c", "e").exit(4)
     wait_exec_gone(client, "c", "e")
     fake.process("c").exit(5)
     assert exit_of(backend, "c") == 5
     settle(client, fake, backend)
     assert others(backend) == [("c", "c", 5), ("c", "e", 4)]
+    assert sorted(each.event for each in backend.events("c")) == sorted(
+        [
+            EventType.CREATE,
+            EventType.START,
+            EventType.EXEC_ADDED,
+            EventType.EXEC_STARTED,
+            EventType.EXIT,
+            EventType.EXIT,
+        ]
+    )
 
 
 def test_events_out_of_order_end_what_they_are_about(

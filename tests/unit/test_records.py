@@ -355,6 +355,33 @@ def test_an_exit_of_another_pid_is_not_ours() -> None:
     assert task.exit is None
 
 
+def test_a_beginning_that_comes_twice_is_told_once_for_each_run() -> None:
+    container = made()
+    running_task(container)
+    started = EventInfo("web", "web", 100)
+    added, exec_started = EventInfo("web", "e"), EventInfo("web", "e", 200)
+    for event, info in (
+        (EventType.CREATE, started),
+        (EventType.START, started),
+        (EventType.EXEC_ADDED, added),
+        (EventType.EXEC_STARTED, exec_started),
+    ):
+        if info is added:
+            container.reserve_exec("e")
+        assert [container.apply(event, info) for _ in range(3)] == [info, None, None]
+    container.forget(container.execs["e"])
+    container.reserve_exec("e")
+    assert container.apply(EventType.EXEC_ADDED, added) == added
+
+
+def test_what_somebody_publishes_of_beginnings_is_not_all_remembered() -> None:
+    container = made()
+    task = running_task(container)
+    for pid in range(100):
+        assert container.apply(EventType.START, EventInfo("web", "web", pid)) is not None
+    assert len(task.beginnings) == 8
+
+
 def test_a_late_exit_of_a_failed_start_does_not_end_the_next() -> None:
     container = made()
     failed = container.reserve_task()
@@ -708,6 +735,7 @@ class Run:
     known: bool = False
     forgotten: bool = False
     told: int = 0
+    begun: bool = False
 
     @property
     def code(self) -> int:
@@ -790,7 +818,9 @@ class OneContainer(RuleBasedStateMachine):
             init = run.name == "init"
             info = EventInfo("web", "web" if init else run.name, run.pid)
             told = self.container.apply(EventType.START if init else EventType.EXEC_STARTED, info)
-            assert told == replace(info, oom_killed=self.oom and self.current("init") is not None)
+            expected = replace(info, oom_killed=self.oom and self.current("init") is not None)
+            assert told == (None if run.begun else expected)
+            run.begun = True
 
     @precondition(lambda self: any(run.forgotten and run.process.pid for run in self.runs))
     @rule()

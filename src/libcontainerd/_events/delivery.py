@@ -106,7 +106,7 @@ class Delivery:
         process = container.process_of(event.info.process_id)
         info = container.apply(event.type, event.info)
         if info is None:
-            return  # an exit that was told already
+            return  # told already
         if event.type is EventType.EXIT:
             self._queue_exit(container, process, info)
         else:

@@ -604,6 +604,9 @@ class Client:
     def status(self, container_id: str, *, timeout: float | None = None) -> Status:
         """The state of a container's task, as containerd sees it now.
 
+        `Status.UNKNOWN` is containerd's answer where the container's shim is silent for two seconds (seen on 1.6): it may be fine a
+        moment later.
+
         Raises:
             NotFoundError: no such container, or it has no task.
         """

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from libcontainerd._wire.pb.runc.options_pb2 import Options
     from libcontainerd.cio.attached import Attached
 
-_BEGINNINGS: Final = frozenset(
-    {EventType.CREATE, EventType.START, EventType.EXEC_ADDED, EventType.EXEC_STARTED}
-)
-_BEGINNINGS_PER_PROCESS: Final = 8
-"""More than a run has, and an end to what somebody else's events can make us remember."""
+_BEGINNINGS: Final = {
+    EventType.CREATE: 1,
+    EventType.START: 2,
+    EventType.EXEC_ADDED: 4,
+    EventType.EXEC_STARTED: 8,
+}
+"""The bits of `Process.begun`."""
 
 _EXITS_PER_CONTAINER: Final = 1024
 _EXITS_OF_DELETED: Final = 32
@@ -113,7 +115,7 @@ class Process:
         reported: Its exit has been handed to the backend's queue.
         deleting: A thread is deleting it in containerd.
         oom_killed: The out-of-memory killer was seen in this run (of an init).
-        beginnings: What the backend was told of its coming up, each with the pid that the event named.
+        begun: Which events of its coming up the backend was told.
         turns: How often it was told to be frozen or thawed (of an init): who asked before that has an old answer.
         attached: Its IO.
     """
@@ -122,7 +124,7 @@ class Process:
         "answered",
         "asked",
         "attached",
-        "beginnings",
+        "begun",
         "deleting",
         "exit",
         "id",
@@ -145,7 +147,7 @@ class Process:
         self.reported = False
         self.deleting = False
         self.oom_killed = False
-        self.beginnings: tuple[tuple[EventType, int], ...] = ()
+        self.begun = 0
         self.turns = 0
         self.attached: Attached | None = None
 
@@ -162,13 +164,13 @@ class Process:
         self.state = state
         return True
 
-    def begins(self, event: EventType, pid: int) -> bool:
-        """Note an event of its coming up; False for one that is noted."""
-        if (event, pid) in self.beginnings:
+    def is_told_again(self, event: EventType, pid: int) -> bool:
+        """Whether it is an event of its coming up that was told before; notes one that was not."""
+        bit = _BEGINNINGS.get(event, 0)
+        if not bit or pid not in (0, self.pid):
             return False
-        if len(self.beginnings) < _BEGINNINGS_PER_PROCESS:
-            self.beginnings += ((event, pid),)
-        return True
+        before, self.begun = self.begun, self.begun | bit
+        return before == self.begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -584,8 +586,6 @@ class Container:
             process = self._process_of(info.process_id)
             if event is EventType.EXIT:
                 return self._apply_exit(process, info)
-            if event in _BEGINNINGS and process is not None and not process.begins(event, info.pid):
-                return None
             if event is EventType.OOM and self.task is not None:
                 self.task.oom_killed = True
             elif process is not None and (process.id, info.pid) not in self._runs:
@@ -597,6 +597,8 @@ class Container:
                         process.turns += 1
                         if process.state is before:
                             return None
+            if process is not None and process.is_told_again(event, info.pid):
+                return None
             return replace(info, oom_killed=True) if self._oom_killed() else info
 
     def _apply_exit(self, process: Process | None, info: EventInfo) -> EventInfo | None:

@@ -357,29 +357,36 @@ def test_an_exit_of_another_pid_is_not_ours() -> None:
 
 def test_a_beginning_that_comes_twice_is_told_once_for_each_run() -> None:
     container = made()
-    running_task(container)
-    started = EventInfo("web", "web", 100)
-    added, exec_started = EventInfo("web", "e"), EventInfo("web", "e", 200)
-    for event, info in (
-        (EventType.CREATE, started),
-        (EventType.START, started),
-        (EventType.EXEC_ADDED, added),
-        (EventType.EXEC_STARTED, exec_started),
-    ):
-        if info is added:
-            container.reserve_exec("e")
-        assert [container.apply(event, info) for _ in range(3)] == [info, None, None]
-    container.forget(container.execs["e"])
-    container.reserve_exec("e")
-    assert container.apply(EventType.EXEC_ADDED, added) == added
+    task = container.reserve_task()
+    of_init, added, started = EventInfo("web", "web", 100), EventInfo("web", "e"), EventInfo("web", "e", 200)
+
+    def told(event: EventType, info: EventInfo) -> list[EventInfo | None]:
+        return [container.apply(event, info) for _ in range(3)]
+
+    assert told(EventType.CREATE, of_init) == [of_init, None, None]
+    container.advance(task, Step.CREATE, 100)
+    assert told(EventType.START, of_init) == [of_init, None, None]
+    container.advance(task, Step.START, 100)
+    for _ in range(2):
+        exec_ = container.reserve_exec("e")
+        assert told(EventType.EXEC_ADDED, added) == [added, None, None]
+        container.advance(exec_, Step.CREATE)
+        assert told(EventType.EXEC_STARTED, started) == [started, None, None]
+        container.forget(exec_)
+        started = replace(started, pid=201)
 
 
-def test_what_somebody_publishes_of_beginnings_is_not_all_remembered() -> None:
+def test_the_start_of_an_earlier_run_does_not_hide_the_next_ones() -> None:
     container = made()
-    task = running_task(container)
-    for pid in range(100):
-        assert container.apply(EventType.START, EventInfo("web", "web", pid)) is not None
-    assert len(task.beginnings) == 8
+    running_task(container)
+    failed = container.reserve_exec("e")
+    container.advance(failed, Step.CREATE)
+    container.forget(failed)
+    exec_ = container.reserve_exec("e")
+    late, started = EventInfo("web", "e", 200), EventInfo("web", "e", 201)
+    assert container.apply(EventType.EXEC_STARTED, late) == late
+    container.advance(exec_, Step.CREATE)
+    assert container.apply(EventType.EXEC_STARTED, started) == started
 
 
 def test_a_late_exit_of_a_failed_start_does_not_end_the_next() -> None:
